@@ -1,0 +1,111 @@
+"""The exceptions that gradtools raises, and the one form that their messages take.
+
+::
+
+    GradtoolsError
+     ├── DefinitionError          (TypeError)      a rule, or a call of it, cannot mean anything
+     │    └── CapturedTensorError                  a tensor reaches a rule past its arguments
+     ├── ForwardContractError     (TypeError)      what fwd, fun or a jvp rule returned
+     ├── BackwardContractError    (TypeError)      what bwd returned
+     ├── GradientMismatchError    (GradcheckError) the rule is not the derivative it claims
+     └── TransformError           (RuntimeError)   a transform that this rule cannot serve
+
+A message says, in this order: what is wrong, of which rule and function, where in the
+arguments, what was expected and what came, and in one line how to mend it. Every part
+is an attribute of the exception as well.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from torch.autograd.gradcheck import GradcheckError
+
+
+class Violation(NamedTuple):
+    """One place where a promise was broken: where, what was expected, what came."""
+
+    where: str
+    expected: str
+    got: str
+
+
+class GradtoolsError(Exception):
+    """Base of everything that gradtools raises on purpose.
+
+    Attributes:
+        what: The first line of the message.
+        rule: Name and place of the rule, or ``None``.
+        function: Name and place of the user's function that is to blame, or ``None``.
+        violations: Every place that is wrong, as :class:`Violation`.
+        fix: What to do about it.
+    """
+
+    def __init__(
+        self,
+        what: str,
+        *,
+        rule: str | None = None,
+        function: str | None = None,
+        violations: Sequence[Violation] = (),
+        fix: str | None = None,
+    ) -> None:
+        self.what = what
+        self.rule = rule
+        self.function = function
+        self.violations = tuple(violations)
+        self.fix = fix
+        super().__init__(self._message())
+
+    def _message(self) -> str:
+        rows = [("rule", self.rule), ("function", self.function)]
+        for violation in self.violations:
+            rows += zip(Violation._fields, violation, strict=True)
+        rows.append(("fix", self.fix))
+        return "\n".join(
+            [self.what, *(f"  {name:<9} {text}" for name, text in rows if text)]
+        )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        parts = (self.what, self.rule, self.function, self.violations, self.fix)
+        return _rebuild, (type(self), *parts)
+
+
+def _rebuild(
+    cls: type[GradtoolsError],
+    what: str,
+    rule: str | None,
+    function: str | None,
+    violations: Sequence[Violation],
+    fix: str | None,
+) -> GradtoolsError:
+    """Undo ``GradtoolsError.__reduce__`` (exceptions cross process boundaries)."""
+    return cls(what, rule=rule, function=function, violations=violations, fix=fix)
+
+
+class DefinitionError(GradtoolsError, TypeError):
+    """A rule, or a call of it, that cannot mean anything."""
+
+
+class CapturedTensorError(DefinitionError):
+    """A tensor that needs a gradient reaches a rule past its arguments.
+
+    torch would give it no gradient, silently.
+    """
+
+
+class ForwardContractError(GradtoolsError, TypeError):
+    """What a forward function or a jvp rule returned does not fit."""
+
+
+class BackwardContractError(GradtoolsError, TypeError):
+    """What a backward function returned does not fit the arguments."""
+
+
+class GradientMismatchError(GradtoolsError, GradcheckError):
+    """A rule is not the derivative that it claims to be."""
+
+
+class TransformError(GradtoolsError, RuntimeError):
+    """A transform was asked of a rule that cannot serve it."""

@@ -1,0 +1,1 @@
+"""A rule becomes ``torch.autograd.Function`` classes."""

@@ -1,0 +1,255 @@
+"""torch.compile: the only module that knows of it.
+
+Dynamo traces a rule in one of two ways. With no transform active, and a backend that
+goes through AOT autograd, it follows :class:`Traced` into fwd and bwd, guards on all
+that they read, and drops nothing. Where a torch.func transform or a forward-mode level
+is active it would drop bwd without a sign; and a backend that runs Dynamo's graph as it
+is would differentiate bwd without the residuals. There the rule crosses as one opaque
+call (``nonstrict_trace``), and everything happens as in eager mode when AOT autograd, or
+the backend, runs that call.
+
+What crosses is tensors and constants. Python numbers that fwd and bwd read from
+closures, globals and objects would be baked in, so the traced code reads them too and
+Dynamo guards on them: :func:`_numbers_of`.
+
+Nothing here imports ``torch._dynamo`` (that takes seconds): functions that Dynamo must
+treat specially are marked by attribute, and the crossing is made by the first trace that
+needs it.
+"""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import warnings
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch.autograd import Function
+
+from gradtools import torch_compat, trees
+from gradtools.lowering import captures
+from gradtools.lowering.flat import Plan, State
+from gradtools.lowering.residuals import Layout
+from gradtools.rules.rule import Rule
+from gradtools.rules.signature import CallSignature, flatten_entries
+from gradtools.trees import Structure
+
+__all__ = ["Crossable", "call", "is_tracing", "register"]
+
+is_tracing: Callable[[], bool] = torch.compiler.is_dynamo_compiling
+
+
+class Crossable(Protocol):
+    """What can be called on the other side of the boundary."""
+
+    key: int
+    rule: Rule
+    reads: Sequence[captures.Path]
+    names: Sequence[str]
+
+    def run_entries(self, entries: Sequence[Any]) -> Any:
+        """Call the rule in eager mode, with bound arguments."""
+        ...
+
+
+_keys = itertools.count()
+_registry: weakref.WeakValueDictionary[int, Crossable] = weakref.WeakValueDictionary()
+
+
+def register(rule: Crossable) -> int:
+    """Return the number by which a rule is found on the other side."""
+    key = next(_keys)
+    _registry[key] = rule
+    return key
+
+
+def at_trace_time(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Have Dynamo run a function while it traces, and take its result as a constant.
+
+    This is ``torch.compiler.assume_constant_result`` without its import of Dynamo.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+def call(target: Crossable, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Call a rule while Dynamo traces."""
+    rule = target.rule
+    entries = rule.parameters.bind(args, kwargs)
+    leaves, spec = flatten_entries(entries)
+    if _is_exporting():
+        if _needs_gradient(leaves):
+            _warn_of_export(rule.name)
+        return rule.parameters.call(rule.fun, entries)
+    if _must_cross():
+        return _cross(target, entries, leaves)
+    if not _needs_gradient(leaves):
+        return rule.parameters.call(rule.fun, entries)
+    needs = tuple(isinstance(x, torch.Tensor) and x.requires_grad for x in leaves)
+    plan = Plan(rule, CallSignature(rule.parameters, entries, leaves, spec, needs), _STATE)
+    *tensors, outputs = Traced.apply(plan, *leaves)
+    return outputs.rebuild(tensors)
+
+
+def _needs_gradient(leaves: Sequence[Any]) -> bool:
+    return torch.is_grad_enabled() and any(
+        isinstance(leaf, torch.Tensor) and leaf.requires_grad for leaf in leaves
+    )
+
+
+class Traced(Function):
+    """The Function that Dynamo follows: first-order reverse mode and nothing else."""
+
+    @staticmethod
+    def forward(ctx: Any, plan: Any, *leaves: Any) -> Any:
+        out, residuals = plan.call_fwd(plan.signature.entries(leaves))
+        outs, outputs = Structure.split(out)
+        tensors, structure = Structure.split(residuals)
+        ctx.save_for_backward(*tensors)
+        floating = tuple(out.is_floating_point() or out.is_complex() for out in outs)
+        ctx.plan, ctx.layout = plan, Layout(outputs, structure, (), None, floating)
+        return (*outs, outputs)
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Any) -> Any:
+        plan, layout = ctx.plan, ctx.layout
+        given = layout.only_floating(cotangents)
+        values = plan.backward(layout, ctx.saved_tensors, given, ctx.needs_input_grad[1:])
+        return (None, *values)
+
+
+_STATE = State(watched={"fwd", "bwd"})
+
+
+@at_trace_time
+def _must_cross() -> bool:
+    """Whether Dynamo's own treatment of a Function would be wrong."""
+    return (
+        torch_compat.transforms_active()
+        or torch_compat.forward_ad_active()
+        or not _goes_through_aot()
+    )
+
+
+def _goes_through_aot() -> bool:
+    """Whether the backend of the running trace hands its graph to AOT autograd."""
+    from torch._dynamo.backends.common import AotAutograd
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+
+    backend: Any = InstructionTranslator.current_tx().output.compiler_fn
+    while backend is not None:
+        name = getattr(backend, "__name__", None) or type(backend).__name__
+        if name.startswith("aot_") or "Inductor" in name or name in _AOT_BACKENDS:
+            return True
+        if isinstance(backend, AotAutograd):
+            return True
+        backend = getattr(backend, "_torchdynamo_orig_backend", None) or getattr(
+            backend, "compiler_fn", None
+        )
+    return False
+
+
+_AOT_BACKENDS = frozenset({"inductor", "cudagraphs", "openxla"})
+
+
+@at_trace_time
+def _is_exporting() -> bool:
+    """Whether torch.export traces (torch 2.11 answers True to traced code, always)."""
+    return torch.compiler.is_exporting()
+
+
+@at_trace_time
+def _warn_of_export(name: str) -> None:
+    warnings.warn(
+        f"torch.export keeps the forward of the rule {name} only: what is exported has "
+        "the derivative of its function, not of the rule (pytorch#106388)",
+        stacklevel=2,
+    )
+
+
+# The crossing.
+
+
+def _cross(target: Crossable, entries: Sequence[Any], leaves: Sequence[Any]) -> Any:
+    """Call a rule through a call that Dynamo does not look into."""
+    _prepare(target.key)
+    skeleton: Any = tuple(range(len(leaves)))
+    if len(entries) != len(leaves) or any(a is not b for a, b in zip(entries, leaves)):
+        skeleton = trees.unflatten(range(len(leaves)), trees.flatten(tuple(entries))[1])
+    holes = [
+        (index, 0 if leaf is None else id(leaf))
+        for index, leaf in enumerate(leaves)
+        if not isinstance(leaf, _PLAIN)
+    ]
+    given = [leaf if isinstance(leaf, _PLAIN) else 0 for leaf in leaves]
+    numbers: list[Any] = []
+    for path in target.reads:
+        _numbers_of(captures.follow(target.rule, path), target.names, 2, numbers)
+    for leaf in leaves:
+        if not isinstance(leaf, _PLAIN):
+            _numbers_of(leaf, target.names, 2, numbers)
+    for number in numbers:
+        # As the key of a set a number must be a constant; as an argument Dynamo may
+        # make a symbol of it, and guard on nothing.
+        {number}  # noqa: B018
+    return _crossing(target.key, skeleton, given, holes)
+
+
+_PLAIN = (torch.Tensor, bool, int, float, complex, str, torch.dtype, torch.device)
+
+_crossing: Any = None
+
+
+@at_trace_time
+def _prepare(key: int) -> None:
+    """Make the crossing, and list anew what the rule's functions read."""
+    global _crossing
+    import torch._dynamo
+
+    if _crossing is None:
+        _crossing = torch._dynamo.nonstrict_trace(_other_side)
+    target = _registry[key]
+    functions = {role: getattr(target.rule, role) for role in ("fun", "fwd", "bwd", "jvp")}
+    target.reads = [
+        (("attribute", role), *path)
+        for role, function in functions.items()
+        for path in captures.free_variables(function).values()
+    ]
+    target.names = sorted(frozenset[str]().union(*map(captures.names_used, functions.values())))
+
+
+def _other_side(key: int, skeleton: Any, leaves: list[Any], holes: list[Any]) -> Any:
+    """Call the rule as in eager mode."""
+    leaves = list(leaves)
+    for index, identity in holes:
+        leaves[index] = _object(identity)
+    spec = trees.flatten(skeleton)[1]
+    return _registry[key].run_entries(trees.unflatten(leaves, spec))
+
+
+def _object(identity: int) -> Any:
+    """Return the object that Dynamo guards on by identity; 0 stands for None."""
+    if identity == 0:
+        return None
+    return next(thing for thing in gc.get_objects() if id(thing) == identity)
+
+
+def _numbers_of(value: Any, names: Sequence[str], depth: int, found: list[Any]) -> None:
+    """Collect the numbers and texts that code using ``names`` can reach from a value."""
+    if isinstance(value, (bool, int, float, complex, str)):
+        found.append(value)
+    elif isinstance(value, torch.Tensor) or depth == 0:
+        return
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            _numbers_of(item, names, depth - 1, found)
+    elif isinstance(value, dict):
+        for item in value.values():
+            _numbers_of(item, names, depth - 1, found)
+    else:
+        for name in names:
+            if hasattr(value, name):
+                _numbers_of(getattr(value, name), names, depth - 1, found)

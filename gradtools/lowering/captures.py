@@ -1,0 +1,342 @@
+"""What a rule's functions use without getting it as an argument.
+
+A tensor that needs a gradient and reaches a rule through a closure, a global, a default
+or ``self`` would get none, silently: :class:`Watch` finds it while the function runs.
+:func:`free_variables` reads the same names from a function without running it; it gives
+the finding its name, and torch.compile the scalars to guard on.
+"""
+
+from __future__ import annotations
+
+import dis
+import functools
+import types
+import weakref
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+from gradtools import torch_compat, trees
+from gradtools.errors import CapturedTensorError, Violation
+from gradtools.rules.rule import Rule
+
+__all__ = [
+    "Watch",
+    "captured",
+    "follow",
+    "free_variables",
+    "hidden_tensors",
+    "name_of",
+    "names_used",
+    "needs_gradient",
+    "refuse_hidden_parameters",
+]
+
+
+class Watch(TorchFunctionMode):
+    """Raise when a tensor that needs a gradient was not handed to the function.
+
+    Args:
+        rule: The rule, for the message.
+        role: Which of its functions runs.
+        arguments: The values that the function was given.
+    """
+
+    def __init__(self, rule: Rule, role: str, arguments: Iterable[Any]) -> None:
+        super().__init__()
+        self.rule = rule
+        self.role = role
+        self.known: dict[int, weakref.ref[torch.Tensor]] = {}
+        self.arguments = [leaf for leaf in arguments if isinstance(leaf, torch.Tensor)]
+        for tensor in self.arguments:
+            self.remember(tensor)
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        produced = list(_tensors_in(result))
+        name = getattr(func, "__name__", "")
+        if name not in _WITHOUT_GRADIENT and (produced or name != "__get__"):
+            for tensor in _tensors_in((args, kwargs)):
+                if not self.is_known(tensor) and needs_gradient(tensor):
+                    raise self.error(tensor)
+        for tensor in produced:
+            self.remember(tensor)
+        return result
+
+    def remember(self, tensor: torch.Tensor) -> None:
+        key = id(tensor)
+        self.known[key] = weakref.ref(tensor, lambda _: self.known.pop(key, None))
+
+    def is_known(self, tensor: torch.Tensor) -> bool:
+        reference = self.known.get(id(tensor))
+        if reference is not None and reference() is tensor:
+            return True
+        return torch_compat.is_view_of(tensor, self.arguments)
+
+    def error(self, tensor: torch.Tensor) -> CapturedTensorError:
+        return captured(self.rule, self.role, name_of(tensor, getattr(self.rule, self.role)))
+
+
+# What may be asked of a captured tensor: its metadata (a property that gives no tensor is
+# metadata too), something else of its shape, and its value where that is asked outright.
+_WITHOUT_GRADIENT = frozenset(
+    {
+        "detach", "dim", "element_size", "empty_like", "full_like", "get_device",
+        "is_complex", "is_contiguous", "is_floating_point", "ndimension", "nelement",
+        "new_empty", "new_full", "new_ones", "new_tensor", "new_zeros", "numel",
+        "ones_like", "rand_like", "randn_like", "size", "stride", "zeros_like",
+    }
+)  # fmt: skip
+
+
+def captured(rule: Rule, role: str, where: str) -> CapturedTensorError:
+    """Return the error for a tensor that came past the arguments."""
+    return CapturedTensorError(
+        f"{rule.name}: {role} uses a tensor that needs a gradient without getting it "
+        "as an argument, so its gradient would be lost",
+        rule=rule.where,
+        function=rule.which(role),
+        violations=[
+            Violation(where, "an argument of the rule", "a captured tensor"),
+        ],
+        fix="Pass it as an argument (gradtools.closure_convert finds all of them), or "
+        "capture tensor.detach() if it is a constant.",
+    )
+
+
+def needs_gradient(tensor: torch.Tensor) -> bool:
+    """Whether a captured tensor would be owed a gradient."""
+    return tensor.requires_grad or torch_compat.is_wrapped(tensor)
+
+
+def _tensors_in(value: Any) -> Iterator[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, (tuple, list)):
+        for item in value:
+            yield from _tensors_in(item)
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from _tensors_in(item)
+
+
+# Free variables. A path leads from a function to one of them, by steps that torch.compile
+# can follow as well: ("cell", 0), ("global", "K"), ("attribute", "__self__"), ("item", 1).
+
+Path = tuple[tuple[str, Any], ...]
+
+
+def follow(value: Any, path: Path) -> Any:
+    """Return what a path leads to; None for a closure variable not assigned yet."""
+    for kind, key in path:
+        if kind == "cell":
+            value = value.__closure__[key].cell_contents
+        elif kind == "global":
+            value = value.__globals__[key]
+        elif kind == "item":
+            value = value[key]
+        else:
+            value = getattr(value, key)
+    return value
+
+
+def free_variables(function: Any) -> dict[str, Path]:
+    """Return what a function uses beside its arguments: a label and a path for each.
+
+    Closure cells, globals that its code names, defaults, what a partial holds, the
+    object of a bound method; for Python functions among them, theirs as well.
+    """
+    found: dict[str, Path] = {}
+    _collect(function, (), found, set())
+    return found
+
+
+def names_used(function: Any) -> frozenset[str]:
+    """Return every attribute name in the code of a function and of those it calls."""
+    names: set[str] = set()
+    seen: set[int] = set()
+    _collect(function, (), {}, seen, names)
+    return frozenset(names)
+
+
+def _collect(
+    function: Any,
+    path: Path,
+    found: dict[str, Path],
+    seen: set[int],
+    names: set[str] | None = None,
+) -> None:
+    if id(function) in seen or _is_library(function):
+        return
+    seen.add(id(function))
+
+    def take(label: str, *steps: tuple[str, Any]) -> None:
+        value = follow(function, steps)
+        if isinstance(value, _CALLABLE):
+            _collect(value, (*path, *steps), found, seen, names)
+        elif not _is_library(value):
+            found.setdefault(label, (*path, *steps))
+
+    if isinstance(function, functools.partial):
+        take("function of the partial", ("attribute", "func"))
+        for index in range(len(function.args)):
+            take(f"partial argument {index}", ("attribute", "args"), ("item", index))
+        for name in function.keywords:
+            take(f"partial argument {name!r}", ("attribute", "keywords"), ("item", name))
+    elif isinstance(function, types.MethodType):
+        take("method", ("attribute", "__func__"))
+        found.setdefault("self", (*path, ("attribute", "__self__")))
+    elif isinstance(function, types.FunctionType):
+        code, of = function.__code__, f" of {function.__name__}"
+        if names is not None:
+            names |= _names_in(code)
+        for index, name in enumerate(code.co_freevars):
+            if _is_assigned((function.__closure__ or ())[index]):
+                take(f"closure variable {name!r}{of}", ("cell", index))
+        for name in _globals_in(code) & function.__globals__.keys():
+            take(f"global {name!r}", ("global", name))
+        for index in range(len(function.__defaults__ or ())):
+            parameter = code.co_varnames[code.co_argcount - len(function.__defaults__) + index]
+            take(
+                f"default of parameter {parameter!r}{of}",
+                ("attribute", "__defaults__"),
+                ("item", index),
+            )
+        for name in function.__kwdefaults__ or {}:
+            take(
+                f"default of parameter {name!r}{of}",
+                ("attribute", "__kwdefaults__"),
+                ("item", name),
+            )
+
+
+_CALLABLE = (types.FunctionType, types.MethodType, functools.partial)
+_LIBRARIES = frozenset({"torch", "numpy", "math", "gradtools", "builtins", "functools"})
+
+
+def _is_library(value: Any) -> bool:
+    if isinstance(value, types.ModuleType):
+        name = value.__name__
+    elif isinstance(value, (type, types.BuiltinFunctionType, *_CALLABLE)):
+        name = getattr(value, "__module__", None) or ""
+    else:
+        return False
+    return name.split(".")[0] in _LIBRARIES or isinstance(value, type)
+
+
+def _is_assigned(cell: types.CellType) -> bool:
+    try:
+        _ = cell.cell_contents
+    except ValueError:
+        return False
+    return True
+
+
+def _codes(code: types.CodeType) -> Iterator[types.CodeType]:
+    yield code
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            yield from _codes(constant)
+
+
+@functools.lru_cache(maxsize=1024)
+def _globals_in(code: types.CodeType) -> frozenset[str]:
+    return frozenset(
+        instruction.argval
+        for inner in _codes(code)
+        for instruction in dis.get_instructions(inner)
+        if instruction.opname in ("LOAD_GLOBAL", "LOAD_NAME")
+    )
+
+
+def _names_in(code: types.CodeType) -> frozenset[str]:
+    return frozenset(name for inner in _codes(code) for name in inner.co_names)
+
+
+def name_of(tensor: torch.Tensor, function: Any) -> str:
+    """Say through which name a tensor reached a function."""
+    if function is not None:
+        for label, steps in free_variables(function).items():
+            for path, found in _reachable(follow(function, steps), "", 3, set()):
+                if found is tensor:
+                    return label + path
+    return f"a tensor of shape {tuple(tensor.shape)} that is no argument"
+
+
+def _reachable(
+    value: Any, path: str, depth: int, seen: set[int]
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield the tensors that an object holds, each with the path to it."""
+    if isinstance(value, torch.Tensor):
+        yield path, value
+        return
+    if depth == 0 or id(value) in seen or isinstance(value, _WITHOUT_TENSORS):
+        return
+    seen.add(id(value))
+    for key, child in _parts(value):
+        yield from _reachable(child, path + key, depth - 1, seen)
+
+
+_WITHOUT_TENSORS = (
+    type(None), bool, int, float, complex, str, bytes, type, types.ModuleType,
+    types.BuiltinFunctionType, torch.dtype, torch.device, torch.Size,
+)  # fmt: skip
+
+
+def _parts(value: Any) -> Iterator[tuple[str, Any]]:
+    if isinstance(value, torch.nn.Module):
+        tensors = (*value.named_parameters(), *value.named_buffers())
+        yield from ((f".{name}", tensor) for name, tensor in tensors)
+        return
+    if isinstance(value, (types.FunctionType, types.MethodType, functools.partial)):
+        for label, steps in free_variables(value).items():
+            yield f" {label}", follow(value, steps)
+        return
+    below = trees.children(value)
+    if below is not None:
+        yield from below
+        return
+    yield from ((f".{name}", child) for name, child in getattr(value, "__dict__", {}).items())
+    for cls in type(value).__mro__:
+        slots = cls.__dict__.get("__slots__", ())
+        for name in (slots,) if isinstance(slots, str) else slots:
+            if hasattr(value, name):
+                yield f".{name}", getattr(value, name)
+
+
+def hidden_tensors(value: Any) -> list[tuple[str, torch.Tensor]]:
+    """Return the floating tensors that an object holds inside, each with its path."""
+    return [
+        (path, tensor)
+        for path, tensor in _reachable(value, "", 4, set())
+        if tensor.dtype.is_floating_point or tensor.dtype.is_complex
+    ]
+
+
+def may_hide_parameters(leaf: Any) -> bool:
+    """Whether an argument is a module or another callable with a state of its own."""
+    return callable(leaf) and not isinstance(leaf, (torch.Tensor, type))
+
+
+def refuse_hidden_parameters(rule: Rule, paths: list[str], leaves: Iterable[Any]) -> None:
+    """Raise for a module or callable argument that holds tensors which need a gradient."""
+    violations = []
+    for index, leaf in enumerate(leaves):
+        if not may_hide_parameters(leaf) or (index == 0 and rule.is_method):
+            continue  # what self holds and the rule uses, Watch finds
+        hidden = [path for path, tensor in hidden_tensors(leaf) if needs_gradient(tensor)]
+        if hidden:
+            got = f"a {type(leaf).__name__} whose {hidden[0].lstrip('.')} needs a gradient"
+            violations.append(Violation(paths[index], "a value without parameters", got))
+    if violations:
+        raise CapturedTensorError(
+            f"{rule.name}: an argument holds parameters that need a gradient, and would "
+            "get none",
+            rule=rule.where,
+            violations=violations,
+            fix="Pass the parameters as arguments of their own: call the module through "
+            "torch.func.functional_call, or convert it with gradtools.closure_convert.",
+        )

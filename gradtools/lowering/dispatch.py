@@ -1,0 +1,284 @@
+"""One call of a rule finds its way: no gradient, plain autograd, or a transform.
+
+    no gradient wanted                     fun itself runs
+    plain reverse mode                     functions.Direct
+    a torch.func transform, forward mode   functions.Composable
+    torch.compile                          boundary
+
+What can be prepared once per call signature is a :class:`.Plan`, found again by the
+exact shapes, dtypes and so on of the arguments. What has been learned about the rule is
+a :class:`.State`, found by the coarser key that decides when a rule counts as checked.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import types
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+
+from gradtools import torch_compat, trees
+from gradtools.errors import DefinitionError, Violation
+from gradtools.lowering import captures, functions
+from gradtools.lowering.flat import Plan, State
+from gradtools.rules.rule import Rule
+from gradtools.rules.signature import CallSignature, Meta, flatten_entries, is_differentiable
+
+__all__ = ["Lowered"]
+
+_MOST_STATES = 16
+_MOST_PLANS = 512
+
+
+class Lowered:
+    """A rule with its Functions and plans.
+
+    Args:
+        rule: The rule.
+        check: Called with a plan and the plain leaves of a call before the rule runs;
+            raises when the rule is wrong.
+        policy: Returns the policy of the gradient check.
+    """
+
+    def __init__(
+        self,
+        rule: Rule,
+        check: Callable[[Plan, Sequence[Any]], None],
+        policy: Callable[[], str],
+    ) -> None:
+        self.rule = rule
+        self.check = check
+        self.policy = policy
+        self.direct = functions.named(functions.Direct, rule.name)
+        self.composable = functions.named(functions.Composable, rule.name)
+        self.plans: dict[Hashable, Plan] = {}
+        self.states: dict[Hashable, State] = {}
+        self.free = [
+            (function, path)
+            for function in (rule.fun, rule.fwd, rule.bwd, rule.jvp)
+            for path in captures.free_variables(function).values()
+            if not isinstance(captures.follow(function, path), _NEVER_TENSORS)
+        ]
+
+    def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Call the rule."""
+        if not (
+            torch.is_grad_enabled()
+            or torch_compat.transforms_active()
+            or torch_compat.forward_ad_active()
+            or self.rule.autocast
+        ):
+            return self.rule.fun(*args, **kwargs)
+        return self.run_entries(self.rule.parameters.bind(args, kwargs))
+
+    def run_entries(self, entries: tuple[Any, ...]) -> Any:
+        """Call the rule with bound arguments."""
+        transformed = torch_compat.transforms_active() or torch_compat.forward_ad_active()
+        leaves, spec = flatten_entries(entries)
+        if self.rule.autocast is not None and torch_compat.autocast_enabled():
+            leaves = [_cast(leaf, self.rule.autocast) for leaf in leaves]
+            with _without_autocast():
+                return self.run(leaves, spec, entries, transformed)
+        return self.run(leaves, spec, entries, transformed)
+
+    def run(
+        self,
+        leaves: Sequence[Any],
+        spec: trees.Spec | None,
+        entries: Sequence[Any],
+        transformed: bool,
+    ) -> Any:
+        """Run the rule on flat values by the way that the moment asks for."""
+        needs = wanted(leaves, transformed)
+        if not any(needs) and not torch_compat.forward_ad_active():
+            return self.run_primal(leaves, spec, entries, transformed)
+        plan = self.plan(leaves, spec, entries, needs)
+        self.look_again(plan)
+        function = self.composable if transformed else self.direct
+        returned = function.apply(plan, *leaves)
+        if isinstance(returned, torch.Tensor):
+            return returned
+        *tensors, layout = returned
+        return layout.outputs.rebuild(tensors[: layout.outputs.count])
+
+    def run_primal(
+        self,
+        leaves: Sequence[Any],
+        spec: trees.Spec | None,
+        entries: Sequence[Any],
+        transformed: bool,
+    ) -> Any:
+        """Run fun alone: nobody wants a gradient."""
+        rule = self.rule
+        if transformed and (rule.vmap != "auto" or rule.vmap_rule is not None):
+            needs = (False,) * len(leaves)
+            signature = CallSignature(rule.parameters, entries, leaves, spec, needs)
+            plan = Plan(rule, signature, State(watched={"fwd"}), primal=True)
+            *tensors, layout = self.composable.apply(plan, *leaves)
+            return layout.outputs.rebuild(tensors)
+        values = leaves if spec is None else trees.unflatten(leaves, spec)
+        out = rule.parameters.call(rule.fun, values)
+        if not transformed and torch.is_grad_enabled():
+            self.refuse_gradient(out)
+        return out
+
+    def refuse_gradient(self, out: Any) -> None:
+        """Raise where the output has a gradient that no argument accounts for."""
+        tensors = trees.Structure.split(out)[0]
+        if any(tensor.requires_grad for tensor in tensors):
+            held = [
+                tensor
+                for function, path in self.free
+                for _, tensor in captures.hidden_tensors(captures.follow(function, path))
+            ]
+            source = next((t for t in held if t.requires_grad), tensors[0])
+            where = captures.name_of(source, self.rule.fun)
+            raise captures.captured(self.rule, "fun", where)
+
+    def plan_for_check(self, entries: tuple[Any, ...]) -> tuple[Plan, Sequence[Any]]:
+        """Return a plan in which every differentiable argument counts, and its leaves."""
+        leaves, spec = flatten_entries(entries)
+        needs = tuple(map(is_differentiable, leaves))
+        return self.make_plan(leaves, spec, entries, needs, (), "always"), leaves
+
+    def plan(
+        self,
+        leaves: Sequence[Any],
+        spec: trees.Spec | None,
+        entries: Sequence[Any],
+        needs: tuple[bool, ...],
+    ) -> Plan:
+        """Return the plan for a call, made on its first occasion."""
+        autocast = torch_compat.autocast_state(_devices(leaves))
+        policy = self.policy()
+        try:
+            key = (spec, needs, autocast, policy, *map(_exactly, leaves))
+            plan = self.plans.get(key)
+        except TypeError:  # sizes that are symbols have no hash
+            key = plan = None
+        if plan is None:
+            plan = self.make_plan(leaves, spec, entries, needs, autocast, policy)
+            if key is not None:
+                if len(self.plans) >= _MOST_PLANS:
+                    self.plans.clear()
+                self.plans[key] = plan
+        if plan.has_callables:
+            paths = plan.signature.paths()
+            captures.refuse_hidden_parameters(self.rule, paths, leaves)
+        return plan
+
+    def make_plan(
+        self,
+        leaves: Sequence[Any],
+        spec: trees.Spec | None,
+        entries: Sequence[Any],
+        needs: tuple[bool, ...],
+        autocast: Any,
+        policy: str,
+    ) -> Plan:
+        rule = self.rule
+        self.refuse_undefined()
+        signature = CallSignature(rule.parameters, entries, leaves, spec, needs)
+        self.refuse_nondiff(signature, entries)
+        key = (str(spec), needs, autocast, *map(_roughly, leaves))
+        state = self.states.get(key)
+        if state is None:
+            if len(self.states) >= _MOST_STATES:
+                key = "others"
+            state = self.states.setdefault(key, State())
+        callables = any(map(captures.may_hide_parameters, leaves))
+        return Plan(
+            rule, signature, state, policy, autocast, self.check, has_callables=callables
+        )
+
+    def refuse_undefined(self) -> None:
+        """Raise where a gradient is wanted of a rule that states none."""
+        if self.rule.bwd is None and self.rule.jvp is None:
+            raise DefinitionError(
+                f"{self.rule.name}: a gradient is wanted, and the rule has no backward",
+                rule=self.rule.where,
+                fix=f"State it: @{self.rule.name}.def_bwd, or {self.rule.name}.defvjp(fwd, bwd).",
+            )
+
+    def refuse_nondiff(self, signature: CallSignature, entries: Sequence[Any]) -> None:
+        """Raise for a tensor that needs a gradient where the rule says there is none."""
+        violations = [
+            Violation(f"args.{signature.names[index]}", "a value without a gradient", str(Meta.of(t)))
+            for index in self.rule.parameters.nondiff
+            for t in trees.flatten(entries[index])[0]
+            if is_differentiable(t) and torch_compat.requires_grad_at_any_level(t)
+        ]
+        if violations:
+            raise DefinitionError(
+                f"{self.rule.name}: a nondiff argument needs a gradient, and would get none",
+                rule=self.rule.where,
+                violations=violations,
+                fix="Take the argument out of nondiff_argnums/nondiff_argnames, or detach it.",
+            )
+
+    def look_again(self, plan: Plan) -> None:
+        """Look for captured tensors again where a free variable holds one that counts."""
+        for function, path in self.free:
+            value = captures.follow(function, path)
+            if isinstance(value, torch.Tensor) and captures.needs_gradient(value):
+                plan.state.watched.clear()
+
+
+_NEVER_TENSORS = (types.ModuleType, types.BuiltinFunctionType, type, str, bytes)
+
+
+def wanted(leaves: Sequence[Any], transformed: bool) -> tuple[bool, ...]:
+    """Return for each leaf whether its gradient may be asked for."""
+    if not transformed:
+        return tuple(
+            isinstance(leaf, torch.Tensor) and leaf.requires_grad for leaf in leaves
+        )
+    moving = torch_compat.forward_ad_active()
+    return tuple(
+        is_differentiable(leaf) and (moving or torch_compat.requires_grad_at_any_level(leaf))
+        for leaf in leaves
+    )
+
+
+def _devices(leaves: Iterable[Any]) -> list[str]:
+    if not torch_compat.autocast_enabled():
+        return []
+    kinds = {leaf.device.type for leaf in leaves if isinstance(leaf, torch.Tensor)}
+    return sorted(kinds)
+
+
+def _exactly(leaf: Any) -> Hashable:
+    """Key for a plan: all that the plan depends on."""
+    if isinstance(leaf, torch.Tensor):
+        return leaf.shape, leaf.dtype, leaf.device
+    return _roughly(leaf)
+
+
+def _roughly(leaf: Any) -> Hashable:
+    """Key for what is known of a rule: an annealed float or a fresh lambda is no news."""
+    if isinstance(leaf, torch.Tensor):
+        ones_and_zeros = tuple(size if size < 2 else -1 for size in leaf.shape)
+        return leaf.dtype, leaf.device, ones_and_zeros
+    if isinstance(leaf, (bool, int, str, torch.dtype, torch.device)):
+        return type(leaf), leaf
+    return type(leaf), getattr(leaf, "__code__", None)
+
+
+def _cast(leaf: Any, dtype: torch.dtype) -> Any:
+    eligible = (
+        isinstance(leaf, torch.Tensor)
+        and leaf.is_floating_point()
+        and leaf.dtype != torch.float64
+        and torch.is_autocast_enabled(leaf.device.type)
+    )
+    return leaf.to(dtype) if eligible else leaf
+
+
+@contextlib.contextmanager
+def _without_autocast() -> Iterator[None]:
+    with contextlib.ExitStack() as stack:
+        for device in torch_compat.autocast_devices():
+            stack.enter_context(torch.autocast(device, enabled=False))
+        yield

@@ -1,0 +1,327 @@
+"""Plan: a rule and a call signature as pure functions of flat tensors.
+
+Everything that torch will see of a rule goes through a plan: ``forward`` and
+``backward`` take and give flat lists, run the user's functions on the user's
+containers, and verify what those return. A plan knows nothing of contexts, graphs or
+transforms; :mod:`.batching` makes another plan of it, :mod:`.functions` lowers either.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol
+
+import torch
+
+from gradtools import torch_compat
+from gradtools.errors import GradtoolsError, TransformError
+from gradtools.lowering import captures, contract, forward_mode
+from gradtools.lowering.replay import random_state, same
+from gradtools.lowering.residuals import Layout, lay_out
+from gradtools.rules.rule import Rule
+from gradtools.rules.signature import CallSignature
+from gradtools.trees import Structure
+
+__all__ = ["Lowerable", "Plan", "State"]
+
+Tensors = Sequence[torch.Tensor]
+Optional = Sequence[torch.Tensor | None]
+
+
+@dataclasses.dataclass(eq=False)
+class State:
+    """What has been found out about a rule at one signature; shared by its plans.
+
+    Attributes:
+        watched: Roles whose captured tensors have been looked for.
+        draws: Whether fwd draws random numbers.
+        foreign: Outputs that fwd did not make (a constant that it handed through).
+        second_order: Why bwd and fwd cannot be differentiated; None if they can.
+        linear: Why bwd cannot be transposed; None if it can.
+        jvp_linear: Why the jvp rule cannot be transposed; None if it can.
+        tested: Preconditions that have been tested.
+        checked: What the gradient check keeps here.
+    """
+
+    watched: set[str] = dataclasses.field(default_factory=set)
+    draws: bool = False
+    foreign: frozenset[int] = frozenset()
+    second_order: TransformError | None = None
+    linear: TransformError | None = None
+    jvp_linear: TransformError | None = None
+    tested: set[str] = dataclasses.field(default_factory=set)
+    checked: Any = None
+
+
+class Lowerable(Protocol):
+    """What can be lowered: pure functions of flat tensors.
+
+    ``leading`` are the sizes of batch dimensions that all tensors carry in front, where
+    a rule is vectorized by ``expand_dims`` or ``broadcast_all``; else empty.
+    """
+
+    rule: Rule
+    signature: CallSignature
+    state: State
+    primal: bool
+    has_jvp: bool
+
+    def first_use(self, leaves: Sequence[Any]) -> None:
+        """Let the check run, on plain tensors, before the rule is trusted."""
+        ...
+
+    def forward(
+        self, leaves: Sequence[Any], *, leading: tuple[int, ...] = ()
+    ) -> tuple[Tensors, Tensors, Layout]:
+        """Return the output tensors, the new residual tensors and the layout."""
+        ...
+
+    def backward(
+        self,
+        layout: Any,
+        kept: Tensors,
+        cotangents: Optional,
+        needs: Sequence[bool],
+        *,
+        leading: tuple[int, ...] = (),
+    ) -> Optional:
+        """Return one cotangent per leaf, given one per output tensor."""
+        ...
+
+    def jvp(
+        self,
+        layout: Any,
+        leaves: Sequence[Any],
+        tangents: Optional,
+        outs: Tensors,
+        *,
+        leading: tuple[int, ...] = (),
+    ) -> Optional:
+        """Return one tangent per output tensor, by the user's jvp rule."""
+        ...
+
+
+@dataclasses.dataclass(eq=False)
+class Plan:
+    """A rule at one call signature.
+
+    Attributes:
+        rule: The rule.
+        signature: The call.
+        state: What is known about the two.
+        policy: The gradient check's policy at the call (backward runs on threads of
+            autograd's, which do not see the caller's context).
+        autocast: Device types under autocast at the call, with their dtypes.
+        check: Called with the plan and plain leaves before the plan is used.
+        primal: The plan serves calls that want no gradient: ``fun`` alone runs.
+        has_callables: Some argument may hold parameters.
+    """
+
+    rule: Rule
+    signature: CallSignature
+    state: State
+    policy: str = "off"
+    autocast: tuple[tuple[str, torch.dtype], ...] = ()
+    check: Callable[[Plan, Sequence[Any]], None] | None = None
+    primal: bool = False
+    has_callables: bool = False
+
+    @property
+    def has_jvp(self) -> bool:
+        """Whether the user stated a jvp rule."""
+        return self.rule.jvp is not None
+
+    def first_use(self, leaves: Sequence[Any]) -> None:
+        """Let the check run, on plain tensors, before the rule is trusted."""
+        if self.check is not None:
+            self.check(self, leaves)
+
+    def forward(
+        self, leaves: Sequence[Any], *, leading: tuple[int, ...] = ()
+    ) -> tuple[Tensors, Tensors, Layout]:
+        """Run fwd; return the output tensors, the new residual tensors and the layout."""
+        state = self.state
+        entries = self.signature.entries(leaves)
+        rng = random_state(leaves) if state.draws and not _traced(leaves) else None
+        if "fwd" in state.watched:
+            out, residuals = self.call_fwd(entries)
+        else:
+            out, residuals = self._first_forward(entries, leaves)
+        outs, outputs = Structure.split(out)
+        tensors, structure = Structure.split(residuals)
+        layout, new = lay_out(outputs, outs, structure, tensors, leaves)
+        layout.rng = rng
+        if new and not torch.is_grad_enabled():
+            self._refuse_captured(new, leaves)
+        return self._own(outs, leaves), new, layout
+
+    def call_fwd(self, entries: Sequence[Any]) -> tuple[Any, Any]:
+        """Run the user's fwd on the user's arguments; return output and residuals."""
+        rule, parameters = self.rule, self.signature.parameters
+        if rule.fwd is None or self.primal:
+            try:
+                out = parameters.call(rule.fun, entries)
+            except Exception as error:
+                _note(error, rule, "fun")
+                raise
+            if self.primal:
+                return out, ()
+            if rule.bwd is None:
+                return out, tuple(entries)  # what the jvp rule will be transposed at
+            residuals: Any = (tuple(entries), out)
+        else:
+            extra: dict[str, Any] = {}
+            if rule.fwd_takes_needs:
+                extra["needs"] = self.signature.needs_tree(self.signature.needs)
+            try:
+                returned = parameters.call(rule.fwd, entries, **extra)
+            except Exception as error:
+                _note(error, rule, "fwd")
+                raise
+            out, residuals = contract.output_and_residuals(rule, returned)
+        if rule.bwd_takes_self or parameters.nondiff:
+            own = entries[:1] if rule.bwd_takes_self else ()
+            residuals = (*own, *(entries[i] for i in parameters.nondiff), residuals)
+        return out, residuals
+
+    def backward(
+        self,
+        layout: Layout,
+        kept: Tensors,
+        cotangents: Optional,
+        needs: Sequence[bool],
+        *,
+        leading: tuple[int, ...] = (),
+    ) -> Optional:
+        """Run bwd; return one cotangent per leaf."""
+        if self.rule.bwd is None:
+            if self.state.jvp_linear is not None:
+                raise self.state.jvp_linear
+            return forward_mode.transposed_jvp(self, layout, kept, cotangents, needs)
+        if "bwd" in self.state.watched:
+            returned = self.call_bwd(layout, kept, cotangents, needs)
+        else:
+            with captures.Watch(self.rule, "bwd", (*kept, *cotangents)):
+                returned = self.call_bwd(layout, kept, cotangents, needs)
+            self.state.watched.add("bwd")
+        cast = bool(self.autocast) or self.rule.autocast is not None
+        return contract.cotangents(
+            self.rule, self.signature, returned, cast=cast, leading=leading
+        )
+
+    def call_bwd(
+        self, layout: Layout, kept: Tensors, cotangents: Optional, needs: Sequence[bool]
+    ) -> Any:
+        """Run the user's bwd on the user's containers; return what it returned."""
+        rule = self.rule
+        residuals = layout.rebuild(kept)
+        cotangent = layout.outputs.cotangents(cotangents)
+        first: Sequence[Any] = ()
+        if rule.bwd_takes_self or rule.parameters.nondiff:
+            *first, residuals = residuals
+        extra: dict[str, Any] = {}
+        if rule.bwd_takes_needs:
+            extra["needs"] = self.signature.needs_tree(needs)
+        try:
+            if self.autocast or torch_compat.autocast_enabled():
+                with self.under_autocast():
+                    return rule.bwd(*first, residuals, cotangent, **extra)  # type: ignore[misc]
+            return rule.bwd(*first, residuals, cotangent, **extra)  # type: ignore[misc]
+        except Exception as error:
+            _note(error, rule, "bwd")
+            raise
+
+    def jvp(
+        self,
+        layout: Layout,
+        leaves: Sequence[Any],
+        tangents: Optional,
+        outs: Tensors = (),
+        *,
+        leading: tuple[int, ...] = (),
+    ) -> Optional:
+        """Run the user's jvp rule; return one tangent per output tensor."""
+        rule, signature = self.rule, self.signature
+        filled = [
+            torch.zeros_like(leaf) if tangent is None and meta is not None else tangent
+            for leaf, tangent, meta in zip(leaves, tangents, signature.metas, strict=True)
+        ]
+        primals, moved = signature.entries(leaves), signature.entries(filled)
+        nondiff = rule.parameters.nondiff
+        first = [*(primals[:1] if rule.jvp_takes_self else ()), *(primals[i] for i in nondiff)]
+        given = tuple(p for i, p in enumerate(primals) if i not in nondiff)
+        moved = tuple(t for i, t in enumerate(moved) if i not in nondiff)
+        try:
+            with self.under_autocast():
+                returned = rule.jvp(*first, given, moved)  # type: ignore[misc]
+        except Exception as error:
+            _note(error, rule, "jvp")
+            raise
+        return contract.output_tangents(rule, returned, outs)
+
+    @contextlib.contextmanager
+    def under_autocast(self) -> Iterator[None]:
+        """Restore the autocast state of the call."""
+        states = dict(self.autocast)
+        with contextlib.ExitStack() as stack:
+            for device in {*states, *torch_compat.autocast_devices()}:
+                enabled = device in states
+                stack.enter_context(
+                    torch.autocast(device, states.get(device), enabled=enabled)
+                )
+            yield
+
+    def _first_forward(self, entries: Sequence[Any], leaves: Sequence[Any]) -> tuple[Any, Any]:
+        """Run fwd for the first time, and learn what does not change between calls."""
+        before = None if _traced(leaves) else random_state(leaves)
+        role = "fun" if self.rule.fwd is None or self.primal else "fwd"
+        with captures.Watch(self.rule, role, leaves) as watch:
+            out, residuals = self.call_fwd(entries)
+        if before is not None:
+            self.state.draws = not same(before, random_state(leaves))
+        outs = Structure.split(out)[0]
+        self.state.foreign = frozenset(
+            index for index, tensor in enumerate(outs) if not watch.is_known(tensor)
+        )
+        self.state.watched.add("fwd")
+        return out, residuals
+
+    def _refuse_captured(self, new: Tensors, leaves: Sequence[Any]) -> None:
+        """Raise for a residual that needs a gradient and is no argument's."""
+        for tensor in new:
+            if tensor.requires_grad and not torch_compat.is_view_of(tensor, leaves):
+                where = captures.name_of(tensor, self.rule.fwd or self.rule.fun)
+                raise captures.captured(self.rule, "fwd", f"residuals: {where}")
+
+    def _own(self, outs: Tensors, leaves: Sequence[Any]) -> Tensors:
+        """Give every output a tensor of its own where it is an input or another output.
+
+        An input that is returned as it is, and one tensor returned twice, would come
+        out of a Function with an all-zero gradient, or not at all; a constant that fwd
+        hands through would become part of the graph.
+        """
+        seen = {id(leaf) for leaf in leaves}
+        owned = list(outs)
+        for index, out in enumerate(outs):
+            if id(out) in seen:
+                owned[index] = out.view_as(out)
+            elif index in self.state.foreign:
+                owned[index] = out.detach()
+            seen.add(id(out))
+        if torch_compat.forward_ad_active():
+            # torch wants the tangent of a view to be a view of the input's tangent,
+            # which a rule's tangent is not.
+            owned = [out.clone() if torch_compat.is_view(out) else out for out in owned]
+        return owned
+
+
+def _traced(leaves: Sequence[Any]) -> bool:
+    return any(isinstance(x, torch.Tensor) and torch_compat.is_fake(x) for x in leaves)
+
+
+def _note(error: Exception, rule: Rule, role: str) -> None:
+    """Say on an exception of the user's code whose it is; it goes on as it is."""
+    if not isinstance(error, GradtoolsError):
+        error.add_note(f"raised in {rule.which(role)} of the rule {rule.where}")

@@ -1,0 +1,213 @@
+"""Plans become ``torch.autograd.Function`` classes; they are built here and nowhere else.
+
+:class:`Direct` has the combined ``forward(ctx, ...)`` and serves plain reverse mode: it
+is what an expert writes by hand, and costs what that costs. :class:`Composable` has a
+``setup_context`` and serves torch.func and forward mode: the new residuals are outputs,
+so that every transform sees them.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch.autograd import Function
+
+from gradtools import torch_compat
+from gradtools.lowering import batching, forward_mode, higher_order, preconditions
+from gradtools.lowering.apart import BackwardPlan
+from gradtools.lowering.flat import Lowerable, Optional, Plan, Tensors
+from gradtools.lowering.residuals import Layout
+
+__all__ = ["Composable", "Direct", "named"]
+
+
+def named(base: type[Function], name: str) -> type[Function]:
+    """Return a subclass whose graph nodes carry the name of a rule."""
+    return type(name, (base,), {})
+
+
+class Direct(Function):
+    """Plain reverse mode, of any order, outside torch.func."""
+
+    @staticmethod
+    def forward(ctx: Any, plan: Plan, *leaves: Any) -> Any:
+        plan.first_use(leaves)
+        outs, new, layout = plan.forward(leaves)
+        if plan.rule.bwd is None:
+            preconditions.jvp_linearity(plan, layout, leaves, outs)
+        ctx.save_for_backward(*layout.pick(leaves, outs, new))
+        ctx.set_materialize_grads(plan.rule.materialize_grads)
+        ctx.plan, ctx.layout = plan, layout
+        ctx.inputs = None
+        if new and not plan.rule.once_differentiable:
+            ctx.inputs = higher_order.Inputs(leaves, layout)
+        return outs[0] if layout.outputs.spec is None else (*outs, layout)
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Any) -> Any:
+        plan, layout, kept = ctx.plan, ctx.layout, ctx.saved_tensors
+        given = layout.only_floating(cotangents)
+        needs = ctx.needs_input_grad[1:]
+        if torch.is_grad_enabled() or torch_compat.forward_ad_active():
+            leaves = None if ctx.inputs is None else ctx.inputs.leaves(kept)
+            preconditions.second_order(plan, layout, kept, given, leaves)
+            if preconditions.refusal(plan) is not None:
+                return None, *_apart(plan, layout, kept, given, needs)
+            if leaves is not None:
+                kept = higher_order.traced(plan, layout, kept, leaves)
+        values = plan.backward(layout, kept, given, needs)
+        if not torch_compat.graph_is_kept():
+            ctx.inputs = None
+        return None, *values
+
+
+class Composable(Function):
+    """torch.func transforms in any nesting, and forward mode."""
+
+    @staticmethod
+    def forward(plan: Lowerable, *leaves: Any) -> Any:
+        plan.first_use(leaves)
+        outs, new, layout = plan.forward(leaves)
+        if not plan.primal:
+            kept = layout.pick(leaves, outs, new)
+            if plan.rule.bwd is None:
+                preconditions.jvp_linearity(plan, layout, leaves, outs)
+            like = layout.only_floating(outs)
+            preconditions.second_order(plan, layout, kept, like, leaves if new else None)
+            if torch_compat.forward_ad_active() and not plan.has_jvp:
+                preconditions.linearity(plan, layout, kept, outs)
+        return *outs, *(tensor.detach() for tensor in new), layout
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        plan, *leaves = inputs
+        *tensors, layout = output
+        outs, new = _parted(layout, tensors)
+        ctx.plan, ctx.layout = plan, layout
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*layout.pick(leaves, outs, new))
+        ctx.like = [(out.shape, out.dtype, out.device) for out in outs]
+        ctx.inputs = higher_order.Inputs(leaves, layout) if new else None
+        if torch_compat.forward_ad_active():
+            ctx.constants = [None if isinstance(x, torch.Tensor) else x for x in leaves]
+            tensors = [x if isinstance(x, torch.Tensor) else None for x in leaves]
+            ctx.save_for_forward(*tensors, *outs, *new)
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Any) -> Any:
+        plan, layout, kept = ctx.plan, ctx.layout, ctx.saved_tensors
+        needs = ctx.needs_input_grad[1:]
+        given = layout.only_floating(cotangents)
+        extra = cotangents[layout.outputs.count : -1]
+        values: Optional = [None] * len(needs)
+        if any(cotangent is not None for cotangent in given):
+            if plan.rule.materialize_grads:
+                given = _materialized(layout, given, ctx.like)
+            opaque = preconditions.refusal(plan) is not None
+            run = _apart if opaque or _vectorized_by_itself(plan) else _in_place
+            values = run(plan, layout, kept, given, needs)
+        if any(cotangent is not None for cotangent in extra):
+            error = preconditions.refusal(plan)
+            if error is not None:
+                preconditions.refuse_nonzero(error, extra)
+            else:
+                leaves = ctx.inputs.leaves(kept)
+                more = higher_order.residual_cotangents(plan, layout, leaves, extra, needs)
+                values = [_sum(a, b) for a, b in zip(values, more, strict=True)]
+        return None, *values
+
+    @staticmethod
+    def jvp(ctx: Any, _: Any, *tangents: Any) -> Any:
+        plan, layout = ctx.plan, ctx.layout
+        with torch_compat.forward_ad_enabled():
+            count = len(ctx.constants)
+            saved = ctx.saved_tensors
+            duals = _filled(saved[:count], ctx.constants)
+            primals = [None if t is None else torch_compat.primal_of(t) for t in saved]
+            leaves = _filled(primals[:count], ctx.constants)
+            outs, new = _parted(layout, primals[count:])
+            if plan.has_jvp:
+                moved = plan.jvp(layout, leaves, tangents, outs)
+            elif plan.state.linear is not None:
+                raise plan.state.linear
+            else:
+                kept = layout.pick(leaves, outs, new)
+                moved = forward_mode.transposed(plan, layout, kept, outs, tangents)
+            more: Optional = []
+            if new:
+                more = higher_order.residual_tangents(plan, layout, duals, tangents)
+            return *_zeros(moved, outs), *_zeros(more, new), None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, plan: Lowerable, *leaves: Any) -> Any:
+        batched = batching.batch(plan, in_dims[1:], info)
+        *tensors, layout = Composable.apply(batched, *leaves)
+        return (*tensors, layout.inner), (*layout.out_dims, *layout.new_dims, None)
+
+
+def _in_place(
+    plan: Lowerable, layout: Layout, kept: Tensors, given: Optional, needs: Sequence[bool]
+) -> Optional:
+    """Run bwd where it stands, so that torch sees its operations."""
+    return plan.backward(layout, kept, given, needs)
+
+
+def _apart(
+    plan: Lowerable, layout: Layout, kept: Tensors, given: Optional, needs: Sequence[bool]
+) -> Optional:
+    """Run bwd as a Function of its own."""
+    *values, returned = Composable.apply(BackwardPlan(plan, layout, needs), *kept, *given)
+    return returned.outputs.rebuild(values)
+
+
+def _vectorized_by_itself(plan: Lowerable) -> bool:
+    return plan.rule.vmap != "auto" and torch_compat.transforms_active()
+
+
+def _materialized(layout: Layout, given: Optional, like: Sequence[Any]) -> Optional:
+    able = layout.floating or (True,) * len(like)
+    return [
+        torch.zeros(shape, dtype=dtype, device=device) if c is None and can else c
+        for c, (shape, dtype, device), can in zip(given, like, able, strict=True)
+    ]
+
+
+def _parted(layout: Layout, tensors: Sequence[Any]) -> tuple[Tensors, Tensors]:
+    count = layout.outputs.count
+    return tensors[:count], tensors[count:]
+
+
+def _filled(tensors: Sequence[Any], constants: Sequence[Any]) -> list[Any]:
+    return [c if t is None else t for t, c in zip(tensors, constants, strict=True)]
+
+
+def _sum(a: torch.Tensor | None, b: torch.Tensor | None) -> torch.Tensor | None:
+    return b if a is None else a if b is None else a + b
+
+
+def _zeros(tangents: Optional, like: Tensors) -> list[torch.Tensor | None]:
+    """Make tangents complete: torch wants one for every floating output."""
+    return [
+        torch.zeros_like(x) if t is None and (x.is_floating_point() or x.is_complex()) else t
+        for t, x in zip(tangents, like, strict=True)
+    ]
+
+
+class _Trivial(inspect.Signature):
+    """A signature that binds nothing: ``apply`` binds on every call, at some 35 us."""
+
+    class _Bound(NamedTuple):
+        args: tuple[Any, ...]
+        kwargs: dict[str, Any]
+
+        def apply_defaults(self) -> None:
+            """Do nothing: there are none."""
+
+    def bind(self, *args: Any, **kwargs: Any) -> Any:
+        return self._Bound(args, kwargs)
+
+
+Composable.forward.__signature__ = _Trivial()  # type: ignore[attr-defined]

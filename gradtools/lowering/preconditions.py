@@ -1,0 +1,374 @@
+"""What must hold before a derivative of a rule may be derived from its bwd.
+
+These are no checks of the formula and no policy switches them off: the transpose of a
+clip is a plausible wrong number, and the derivative of code that torch cannot see
+(numpy, ``.item()``, ``.detach()``, ``no_grad``) is zero without a sign. Each is tested
+once per rule and signature, on the tensors of the call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+
+from gradtools import torch_compat
+from gradtools.errors import TransformError, Violation
+from gradtools.lowering import captures
+from gradtools.lowering.flat import Lowerable, Optional, Tensors
+from gradtools.lowering.replay import random_state, replayed
+from gradtools.lowering.residuals import Layout
+from gradtools.probing import probing
+from gradtools.rules.rule import Rule
+
+__all__ = ["jvp_linearity", "linearity", "refusal", "refuse_nonzero", "second_order"]
+
+
+def refusal(plan: Lowerable) -> TransformError | None:
+    """Return why the rule has no second derivative, as far as is known."""
+    if plan.rule.once_differentiable:
+        return TransformError(
+            f"{plan.rule.name}: the second derivative was asked for of a rule that is "
+            "declared once_differentiable",
+            rule=plan.rule.where,
+            function=plan.rule.which("bwd"),
+            fix="Remove once_differentiable=True if bwd is differentiable torch code, "
+            "or make bwd call a rule of its own.",
+        )
+    return plan.state.second_order
+
+
+def refuse_nonzero(error: TransformError, values: Optional) -> None:
+    """Raise where a derivative that does not exist is really wanted; zeros pass."""
+    for value in values:
+        if value is None:
+            continue
+        value = torch_compat.plain(value)
+        if torch_compat.is_fake(value) or value.is_meta or bool((value != 0).any()):
+            raise error
+
+
+def second_order(
+    plan: Lowerable,
+    layout: Layout,
+    kept: Tensors,
+    cotangents: Optional,
+    leaves: Sequence[Any] | None,
+) -> None:
+    """Find out whether bwd, and fwd where it computes residuals, can be differentiated.
+
+    Args:
+        plan: The rule at a signature.
+        layout: Of this call.
+        kept: The kept tensors.
+        cotangents: Tensors like the outputs; their values do not matter.
+        leaves: The arguments, where fwd computed residuals of its own.
+    """
+    tensors = [*kept, *(c for c in cotangents if c is not None)]
+    if not _to_be_tested(plan, "second_order", tensors):
+        return
+    with probing(), torch_compat.clean_autograd():
+        plan.state.second_order = (
+            _hidden(plan.rule, layout)
+            or (_opaque_fwd(plan, layout, leaves) if leaves is not None else None)
+            or _opaque_bwd(plan, layout, kept, cotangents)
+        )
+    plan.state.tested.add("second_order")
+
+
+def linearity(plan: Lowerable, layout: Layout, kept: Tensors, outs: Tensors) -> None:
+    """Find out whether bwd is linear in its cotangent, so that it can be transposed."""
+    if not _to_be_tested(plan, "linearity", [*kept, *outs]):
+        return
+    with probing(), torch_compat.clean_autograd():
+        plan.state.linear = _hidden(plan.rule, layout) or _nonlinear_bwd(
+            plan, layout, kept, outs
+        )
+    plan.state.tested.add("linearity")
+
+
+def jvp_linearity(
+    plan: Lowerable, layout: Layout, leaves: Sequence[Any], outs: Tensors
+) -> None:
+    """Find out whether the jvp rule is linear, so that it can be transposed."""
+    tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+    if not _to_be_tested(plan, "jvp_linearity", tensors):
+        return
+    with probing(), torch_compat.clean_autograd():
+        plan.state.jvp_linear = _nonlinear_jvp(plan, layout, leaves, outs)
+    plan.state.tested.add("jvp_linearity")
+
+
+def _to_be_tested(plan: Lowerable, what: str, tensors: Tensors) -> bool:
+    return (
+        what not in plan.state.tested
+        and not torch_compat.transforms_active()
+        and not any(torch_compat.is_fake(t) or t.is_meta for t in tensors)
+    )
+
+
+# Opaque objects.
+
+
+def _hidden(rule: Rule, layout: Layout) -> TransformError | None:
+    found = [
+        Violation(
+            f"residuals, a {type(constant).__name__}",
+            "tensors in containers that torch's pytree knows",
+            f"a tensor of shape {tuple(tensor.shape)} inside ({path.lstrip('.')})",
+        )
+        for constant in layout.residuals.constants.values()
+        for path, tensor in captures.hidden_tensors(constant)[:1]
+    ]
+    if not found:
+        return None
+    return TransformError(
+        f"{rule.name}: a residual hides tensors inside an opaque object; they serve a "
+        "first derivative only",
+        rule=rule.where,
+        function=rule.which("fwd"),
+        violations=found,
+        fix="Return the tensors themselves among the residuals and build the object in "
+        "bwd, or register its type with torch.utils._pytree.",
+    )
+
+
+# Opaque code.
+
+
+def _opaque_fwd(
+    plan: Lowerable, layout: Layout, leaves: Sequence[Any]
+) -> TransformError | None:
+    def new_at(values: Sequence[Any]) -> Tensors:
+        with replayed(layout.rng):
+            return plan.forward(values)[1]
+
+    try:
+        with torch.enable_grad():
+            new = new_at(_tracked(leaves))
+    except Exception as error:
+        return _opaque(plan.rule, "fwd", "the residuals", error)
+    blind = [k for k, t in enumerate(new) if _floating(t) and not t.requires_grad]
+    if blind:
+        with torch.no_grad():
+            here, near = new_at(_detached(leaves)), new_at(_moved(leaves))
+        for k in blind:
+            if not _equal(here[k], near[k]):
+                return _opaque(plan.rule, "fwd", _place_of(layout, "new", k), None)
+    return None
+
+
+def _opaque_bwd(
+    plan: Lowerable, layout: Layout, kept: Tensors, cotangents: Optional
+) -> TransformError | None:
+    given = [None if c is None else _pattern(c) for c in cotangents]
+    needs = [meta is not None for meta in plan.signature.metas]
+    state = random_state(kept)
+
+    def bwd(kept: Tensors, cotangents: Optional) -> Optional:
+        with replayed(state):
+            return plan.backward(layout, kept, cotangents, needs)
+
+    paths = plan.signature.paths()
+    try:
+        with torch.enable_grad():
+            tracked = _tracked(kept)
+            values = bwd(tracked, given)
+            through = bwd(_detached(kept), _tracked(given))
+    except Exception as error:
+        return _opaque(plan.rule, "bwd", "the incoming cotangent", error)
+    for value, path in zip(through, paths, strict=True):
+        if value is not None and not value.requires_grad and bool((value != 0).any()):
+            return _opaque(plan.rule, "bwd", f"the incoming cotangent, for {path}", None)
+    for k, tensor in enumerate(tracked):
+        if not _floating(tensor):
+            continue
+        blind = [i for i, v in enumerate(values) if v is not None and not _reaches(v, tensor)]
+        if not blind:
+            continue
+        with torch.no_grad():
+            near = list(_detached(kept))
+            near[k] = _moved([near[k]])[0]
+            moved = bwd(near, given)
+        for i in blind:
+            if moved[i] is None or not _equal(values[i], moved[i]):
+                where = _place_of(layout, *layout.kept[k])
+                return _opaque(plan.rule, "bwd", f"{where}, for {paths[i]}", None)
+    return None
+
+
+def _opaque(rule: Rule, role: str, what: str, cause: Exception | None) -> TransformError:
+    error = TransformError(
+        f"{rule.name}: {role} cannot be differentiated: torch does not see how its "
+        f"result depends on {what}",
+        rule=rule.where,
+        function=rule.which(role),
+        fix="Write it in differentiable torch operations (no .detach(), .item(), numpy "
+        "or no_grad), make it a rule of its own, or declare once_differentiable=True.",
+    )
+    error.__cause__ = cause
+    return error
+
+
+def _place_of(layout: Layout, kind: str, index: int) -> str:
+    """Name a kept tensor by its place among the residuals."""
+    position = next(p for p, source in enumerate(layout.kept) if source == (kind, index))
+    slots = range(len(layout.kept)) if layout.slots is None else layout.slots
+    names = layout.residuals.paths("residuals")
+    return names[list(slots).index(position)]
+
+
+# Linearity.
+
+
+def _nonlinear_bwd(
+    plan: Lowerable, layout: Layout, kept: Tensors, outs: Tensors
+) -> TransformError | None:
+    needs = [meta is not None for meta in plan.signature.metas]
+
+    def bwd(cotangents: Optional) -> Optional:
+        return plan.backward(layout, _detached(kept), cotangents, needs)
+
+    wrong = _nonlinear(bwd, outs, random_state(kept))
+    if wrong is None:
+        return None
+    return TransformError(
+        f"{plan.rule.name}: forward mode cannot be derived from bwd, which is not linear "
+        "in its cotangent",
+        rule=plan.rule.where,
+        function=plan.rule.which("bwd"),
+        violations=[Violation("cotangent", "a bwd linear in its cotangent", wrong)],
+        fix="State the forward mode with def_jvp, or use reverse mode only.",
+    )
+
+
+def _nonlinear_jvp(
+    plan: Lowerable, layout: Layout, leaves: Sequence[Any], outs: Tensors
+) -> TransformError | None:
+    able = [meta is not None for meta in plan.signature.metas]
+
+    def jvp(tangents: Optional) -> Optional:
+        return plan.jvp(layout, _detached(leaves), tangents, outs)
+
+    like = [leaf if can else None for leaf, can in zip(leaves, able, strict=True)]
+    wrong = _nonlinear(jvp, like, random_state(leaves))
+    if wrong is None:
+        return None
+    return TransformError(
+        f"{plan.rule.name}: reverse mode cannot be derived from the jvp rule, which is "
+        "not linear in its tangents",
+        rule=plan.rule.where,
+        function=plan.rule.which("jvp"),
+        violations=[Violation("tangents", "a jvp rule linear in its tangents", wrong)],
+        fix="State the reverse mode with custom_vjp, or use forward mode only.",
+    )
+
+
+def _nonlinear(
+    function: Callable[[Optional], Optional], like: Sequence[Any], state: Any
+) -> str | None:
+    """Say how a function of tensors fails to be linear; None if it does not fail."""
+    first = [_pattern(x) if _floating(x) else None for x in like]
+    second = [_pattern(x, 0.37) if _floating(x) else None for x in like]
+
+    def at(a: float, b: float) -> list[torch.Tensor]:
+        mixed = [
+            None if u is None or v is None else a * u + b * v
+            for u, v in zip(first, second, strict=True)
+        ]
+        with replayed(state), torch.no_grad():
+            return [_dense(value) for value in function(mixed) if value is not None]
+
+    u, v, both = at(1, 0), at(0, 1), at(1, 1)
+    if not _agree(both, [a + b for a, b in zip(u, v, strict=True)]):
+        return "f(u + v) is not f(u) + f(v)"
+    for scale in _scales(like):
+        if not _agree(at(scale, 0), [scale * value for value in u]):
+            return f"f({scale:g} u) is not {scale:g} f(u)"
+    return None
+
+
+def _scales(like: Sequence[Any]) -> tuple[float, ...]:
+    narrow = any(_floating(x) and x.dtype == torch.float16 for x in like)
+    return (-1.0, 1e-2, 1e2) if narrow else (-1.0, 1e-4, 1e4)
+
+
+def _agree(first: Tensors, second: Tensors) -> bool:
+    for a, b in zip(first, second, strict=True):
+        finite = torch.isfinite(a) & torch.isfinite(b)
+        a, b = a[finite], b[finite]
+        if a.numel() and bool(
+            (a - b).abs().max() > torch.finfo(a.dtype).eps ** 0.5 * b.abs().max()
+        ):
+            return False
+    return True
+
+
+def _dense(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor if tensor.layout is torch.strided else tensor.to_dense()
+
+
+# Tensors to test on.
+
+
+def _floating(tensor: Any) -> bool:
+    return isinstance(tensor, torch.Tensor) and (
+        tensor.is_floating_point() or tensor.is_complex()
+    )
+
+
+def _detached(values: Sequence[Any]) -> list[Any]:
+    return [v.detach() if isinstance(v, torch.Tensor) else v for v in values]
+
+
+def _tracked(values: Sequence[Any]) -> list[Any]:
+    return [v.detach().requires_grad_() if _floating(v) else v for v in values]
+
+
+def _moved(values: Sequence[Any]) -> list[Any]:
+    """Move every number a little, and no number across zero."""
+    return [v.detach() * _near_one(v) if _floating(v) else v for v in values]
+
+
+def _near_one(tensor: torch.Tensor) -> torch.Tensor:
+    step = 16 * torch.finfo(tensor.dtype).eps
+    return 1 + step * (0.5 + _fractions(tensor))
+
+
+def _pattern(tensor: torch.Tensor, offset: float = 0.0) -> torch.Tensor:
+    """Return values between 0.5 and 1.5 in the shape of ``tensor``, drawing nothing."""
+    return 0.5 + _fractions(tensor, offset)
+
+
+def _fractions(tensor: torch.Tensor, offset: float = 0.0) -> torch.Tensor:
+    count = torch.arange(tensor.numel(), device=tensor.device, dtype=torch.float64)
+    values = (offset + 0.618033988749895 * (count + 1)) % 1
+    return values.reshape(tensor.shape).to(tensor.dtype)
+
+
+def _equal(first: torch.Tensor | None, second: torch.Tensor) -> bool:
+    if first is None or first.shape != second.shape:
+        return False
+    first, second = _dense(first), _dense(second)
+    return bool(((first == second) | ((first != first) & (second != second))).all())
+
+
+def _reaches(value: torch.Tensor, tensor: torch.Tensor) -> bool:
+    """Whether there is a path in the graph from ``value`` to the leaf ``tensor``."""
+    seen: set[Any] = set()
+    for node in _walk(value.grad_fn, seen):
+        if getattr(node, "variable", None) is tensor:
+            return True
+    return value is tensor
+
+
+def _walk(node: Any, seen: set[Any]) -> Iterator[Any]:
+    stack = [node]
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        yield node
+        stack += [below for below, _ in node.next_functions]

@@ -1,0 +1,60 @@
+"""Running fwd a second time so that it draws the same random numbers.
+
+Second derivatives differentiate the residuals through fwd, which runs again for it; a
+dropout mask must then be the mask of the first time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+
+__all__ = ["random_state", "replayed"]
+
+State = dict[torch.device, torch.Tensor]
+
+
+def random_state(leaves: Iterable[Any]) -> State:
+    """Return the state of the generators that code on these tensors draws from."""
+    state = {torch.device("cpu"): torch.get_rng_state()}
+    for leaf in leaves:
+        if isinstance(leaf, torch.Tensor) and leaf.is_cuda and leaf.device not in state:
+            state[leaf.device] = torch.cuda.get_rng_state(leaf.device)
+    return state
+
+
+def same(first: State, second: State) -> bool:
+    """Whether nothing was drawn between two states."""
+    return first.keys() == second.keys() and all(
+        torch.equal(state, second[device]) for device, state in first.items()
+    )
+
+
+@contextlib.contextmanager
+def replayed(state: State | None) -> Iterator[None]:
+    """Draw from ``state`` on, and leave the generators as they were."""
+    if state is None:
+        yield
+        return
+    before = {device: _get(device) for device in state}
+    try:
+        for device, value in state.items():
+            _set(device, value)
+        yield
+    finally:
+        for device, value in before.items():
+            _set(device, value)
+
+
+def _get(device: torch.device) -> torch.Tensor:
+    return torch.get_rng_state() if device.type == "cpu" else torch.cuda.get_rng_state(device)
+
+
+def _set(device: torch.device, state: torch.Tensor) -> None:
+    if device.type == "cpu":
+        torch.set_rng_state(state)
+    else:
+        torch.cuda.set_rng_state(state, device)

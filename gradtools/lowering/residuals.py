@@ -1,0 +1,123 @@
+"""Where each residual lives between forward and backward.
+
+A residual that is an input of the call is saved as that input, one that is an output as
+that output, one that occurs twice once. Only what remains is new. Saving an input or an
+output as a further tensor would cost its memory again, and the graph that leads through
+it: second derivatives would be silently wrong.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from gradtools.trees import Structure
+
+__all__ = ["Layout", "Source", "lay_out"]
+
+
+class Source(NamedTuple):
+    """The place of one kept tensor: the ``index``-th input, output or new tensor."""
+
+    kind: str
+    index: int
+
+    def pick(self, leaves: Sequence[Any], outs: Sequence[Any], new: Sequence[Any]) -> Any:
+        """Return the tensor that lives here."""
+        places = {"input": leaves, "output": outs, "new": new}
+        return places[self.kind][self.index]
+
+
+class Layout:
+    """One call's outputs and residuals without their tensors.
+
+    Attributes:
+        outputs: Structure of the output.
+        residuals: Structure of the residuals.
+        kept: The distinct tensors among the residuals.
+        slots: For each tensor of the residuals its position in ``kept``; ``None`` where
+            the two are the same list.
+        floating: For each output tensor whether it is differentiable; None: all are.
+        rng: Random state before fwd, where fwd is known to draw.
+    """
+
+    __slots__ = ("floating", "kept", "outputs", "residuals", "rng", "slots")
+
+    def __init__(
+        self,
+        outputs: Structure,
+        residuals: Structure,
+        kept: tuple[Source, ...],
+        slots: tuple[int, ...] | None,
+        floating: tuple[bool, ...] | None,
+    ) -> None:
+        self.outputs = outputs
+        self.residuals = residuals
+        self.kept = kept
+        self.slots = slots
+        self.floating = floating
+        self.rng: Any = None
+
+    def pick(
+        self, leaves: Sequence[Any], outs: Sequence[Any], new: Sequence[Any]
+    ) -> list[torch.Tensor]:
+        """Return the kept tensors."""
+        return [source.pick(leaves, outs, new) for source in self.kept]
+
+    def only_floating(self, cotangents: Sequence[Any]) -> Sequence[Any]:
+        """Return the cotangents of the outputs, None for those that can have none."""
+        given = cotangents[: self.outputs.count]
+        if self.floating is None:
+            return given
+        return [c if able else None for c, able in zip(given, self.floating, strict=True)]
+
+    def with_none(self, values: Sequence[Any]) -> Sequence[Any]:
+        """Return values of the differentiable outputs with None for the other outputs."""
+        if self.floating is None:
+            return values
+        rest = iter(values)
+        return [next(rest) if able else None for able in self.floating]
+
+    def rebuild(self, kept: Sequence[torch.Tensor]) -> Any:
+        """Return the residuals as fwd returned them."""
+        tensors = kept if self.slots is None else [kept[slot] for slot in self.slots]
+        return self.residuals.rebuild(tensors)
+
+
+def lay_out(
+    outputs: Structure,
+    outs: Sequence[torch.Tensor],
+    residuals: Structure,
+    tensors: Sequence[torch.Tensor],
+    leaves: Sequence[Any],
+) -> tuple[Layout, list[torch.Tensor]]:
+    """Find where the residual tensors live; return the layout and the new tensors.
+
+    Where an output is an input, a residual that is both counts as the input.
+    """
+    places: dict[int, Source] = {}
+    for index, out in enumerate(outs):
+        places.setdefault(id(out), Source("output", index))
+    for index, leaf in reversed(list(enumerate(leaves))):
+        if isinstance(leaf, torch.Tensor):
+            places[id(leaf)] = Source("input", index)
+    kept: dict[Source, int] = {}
+    slots: list[int] = []
+    new: list[torch.Tensor] = []
+    for tensor in tensors:
+        source = places.get(id(tensor))
+        if source is None:
+            source = places[id(tensor)] = Source("new", len(new))
+            new.append(tensor)
+        slots.append(kept.setdefault(source, len(kept)))
+    floating = tuple(out.is_floating_point() or out.is_complex() for out in outs)
+    layout = Layout(
+        outputs,
+        residuals,
+        tuple(kept),
+        None if len(kept) == len(slots) else tuple(slots),
+        None if all(floating) else floating,
+    )
+    return layout, new

@@ -1,0 +1,1 @@
+"""How a user states a derivative."""

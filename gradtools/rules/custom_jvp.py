@@ -1,0 +1,108 @@
+"""custom_jvp: the forward-mode twin of custom_vjp."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, ParamSpec, TypeVar, overload
+
+from gradtools import trees
+from gradtools.rules.custom_vjp import F, StatedRule, name_of
+from gradtools.rules.rule import Contract, Exact, Rule
+from gradtools.rules.signature import Parameters
+
+__all__ = ["CustomJVP", "custom_jvp"]
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+class CustomJVP(StatedRule[P, R]):
+    """A function with a forward-mode rule of its own; made by :func:`custom_jvp`."""
+
+    def defjvp(self, jvp: F) -> F:
+        """State the rule: ``jvp(primals, tangents) -> (output, output_tangent)``.
+
+        See :meth:`def_jvp`, which this is under its name in JAX.
+        """
+        return self.def_jvp(jvp)
+
+    def defjvps(self, *jvps: Callable[..., Any] | None) -> None:
+        """State the rule argument by argument.
+
+        Args:
+            jvps: One function per parameter: ``jvp(tangent, output, *primals)`` returns
+                what the tangent of this argument adds to that of the output; None for
+                an argument that adds nothing.
+        """
+        fun = self.rule.fun
+
+        def jvp(primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[Any, Any]:
+            out = fun(*primals)
+            parts = [
+                rule(tangent, out, *primals)
+                for rule, tangent in zip(jvps, tangents, strict=True)
+                if rule is not None and tangent is not None
+            ]
+            return out, functools.reduce(trees.added, parts) if parts else None
+
+        self._state(jvp=functools.update_wrapper(jvp, self.rule.fun))
+
+
+@overload
+def custom_jvp(fun: Callable[P, R], /) -> CustomJVP[P, R]: ...
+@overload
+def custom_jvp(
+    *,
+    nondiff_argnums: int | Sequence[int] = ...,
+    nondiff_argnames: str | Sequence[str] = ...,
+    contract: Contract = ...,
+    probe: Callable[[], Any] | None = ...,
+) -> Callable[[Callable[P, R]], CustomJVP[P, R]]: ...
+def custom_jvp(
+    fun: Any = None,
+    /,
+    *,
+    nondiff_argnums: int | Sequence[int] = (),
+    nondiff_argnames: str | Sequence[str] = (),
+    contract: Contract = Exact(),  # noqa: B008 (immutable)
+    probe: Callable[[], Any] | None = None,
+) -> Any:
+    """Give a function a forward-mode rule of its own; reverse mode is its transpose.
+
+    Args:
+        fun: The function.
+        nondiff_argnums: Positions of arguments that the rule gets in front of primals and
+            tangents, as in JAX.
+        nondiff_argnames: The same, by name.
+        contract: What the rule claims to be, see :func:`custom_vjp`.
+        probe: Returns the arguments to check the rule on.
+
+    Returns:
+        The function, with the methods of :class:`CustomJVP`; or a decorator.
+
+    Example:
+        >>> @gt.custom_jvp
+        ... def double_sine(x):
+        ...     return 2 * torch.sin(x)
+        >>> @double_sine.defjvp
+        ... def _(primals, tangents):
+        ...     (x,), (t,) = primals, tangents
+        ...     return 2 * torch.sin(x), 2 * torch.cos(x) * t
+        >>> torch.func.grad(double_sine)(torch.tensor(0.0))
+        tensor(2.)
+    """
+
+    def state(fun: Callable[..., Any]) -> CustomJVP[..., Any]:
+        parameters = Parameters(fun, nondiff_argnums, nondiff_argnames)
+        return CustomJVP(
+            Rule(
+                name=name_of(fun),
+                fun=fun,
+                parameters=parameters,
+                contract=contract,
+                probe=probe,
+            )
+        )
+
+    return state if fun is None else state(fun)

@@ -1,0 +1,355 @@
+"""custom_vjp: a function and its derivative, stated as pure functions."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, Concatenate, Generic, ParamSpec, TypeVar, get_args, overload
+
+import torch
+
+from gradtools.errors import DefinitionError
+from gradtools.gradcheck.check import Checker, examine
+from gradtools.gradcheck.policy import current_policy
+from gradtools.gradcheck.report import Report
+from gradtools.lowering import boundary
+from gradtools.lowering.dispatch import Lowered
+from gradtools.rules.rule import Contract, Exact, Rule, VmapMode
+from gradtools.rules.signature import Parameters
+
+__all__ = ["BoundRule", "CustomVJP", "StatedRule", "custom_vjp"]
+
+P = ParamSpec("P")
+R = TypeVar("R")
+S = TypeVar("S")
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+class StatedRule(Generic[P, R]):
+    """A callable that carries a rule: what custom_vjp and custom_jvp have in common."""
+
+    def __init__(self, rule: Rule) -> None:
+        functools.update_wrapper(self, rule.fun)
+        self.__name__ = rule.name
+        self.rule = rule
+        self.key = boundary.register(self)
+        self.reads: Sequence[Any] = ()  # for torch.compile; see lowering.boundary
+        self.names: Sequence[str] = ()
+        self._checker = Checker()
+        self._lowered: Lowered | None = None
+
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
+        """Call the function."""
+        if boundary.is_tracing():
+            return boundary.call(self, args, kwargs)
+        lowered = self._lowered
+        if lowered is None:
+            lowered = self._lower()
+        return lowered(args, kwargs)
+
+    def run_entries(self, entries: Sequence[Any]) -> Any:
+        """Call the function with arguments that are bound already, in eager mode."""
+        return (self._lowered or self._lower()).run_entries(tuple(entries))
+
+    def _lower(self) -> Lowered:
+        self._lowered = Lowered(self.rule, self._checker.before_use, current_policy)
+        return self._lowered
+
+    def _state(self, **parts: Any) -> None:
+        """Replace parts of the rule; what was derived from the old ones is forgotten."""
+        for role, function in parts.items():
+            if role != "is_method" and not callable(function):
+                raise DefinitionError(
+                    f"{self.rule.name}: {role} must be a function, not {function!r}",
+                    rule=self.rule.where,
+                    fix=f"Hand over the function itself: @{self.rule.name}.def_{role}.",
+                )
+        self.rule = dataclasses.replace(self.rule, **parts)
+        self._checker = Checker()
+        self._lowered = None
+
+    def def_jvp(self, jvp: F) -> F:
+        """State forward mode: ``jvp(primals, tangents) -> (output, output_tangent)``.
+
+        Both arguments are tuples with one entry per parameter. A tangent is zeros where
+        the argument does not move, and ``None`` where it can have none.
+
+        Args:
+            jvp: The rule; it must be linear in the tangents.
+
+        Returns:
+            The function that was given.
+        """
+        self._state(jvp=jvp)
+        return jvp
+
+    def def_vmap(self, vmap_rule: F) -> F:
+        """State what ``torch.func.vmap`` calls where no gradient is wanted.
+
+        Args:
+            vmap_rule: ``vmap_rule(info, in_dims, *args) -> (output, out_dims)``;
+                ``info`` has ``batch_size`` and ``randomness``, ``in_dims`` mirrors the
+                arguments with an int or ``None`` per leaf, ``out_dims`` the output.
+
+        Returns:
+            The function that was given.
+        """
+        self._state(vmap_rule=vmap_rule)
+        return vmap_rule
+
+    def gradcheck(self, *args: P.args, **kwargs: P.kwargs) -> Report:
+        """Check the rule on these arguments now, whatever the policy.
+
+        Returns:
+            What was checked, with figures; it prints as a table.
+
+        Raises:
+            GradientMismatchError: The rule is not what its contract claims.
+        """
+        lowered = self._lowered or self._lower()
+        report = examine(*lowered.plan_for_check(self.rule.parameters.bind(args, kwargs)))
+        self._checker.reports.append(report)
+        return report
+
+    @property
+    def reports(self) -> tuple[Report, ...]:
+        """What has been checked so far, one report per signature."""
+        return tuple(self._checker.reports)
+
+    # As a method.
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._mark_method()
+
+    def _mark_method(self) -> None:
+        if not self.rule.is_method:
+            self._state(is_method=True)
+
+    @overload
+    def __get__(self, instance: None, owner: type | None = None) -> StatedRule[P, R]: ...
+    @overload
+    def __get__(
+        self: StatedRule[Concatenate[S, P], R], instance: S, owner: type | None = None
+    ) -> BoundRule[P, R]: ...
+    def __get__(self, instance: Any, owner: type | None = None) -> Any:
+        if instance is None:
+            return self
+        self._mark_method()
+        return BoundRule(self, instance)
+
+    # A rule is like a function: one object, found by its name.
+
+    def __copy__(self) -> StatedRule[P, R]:
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> StatedRule[P, R]:
+        return self
+
+    def __reduce__(self) -> str:
+        return self.__qualname__
+
+    def __repr__(self) -> str:
+        rule = self.rule
+        given = [role for role in ("fwd", "bwd", "jvp") if getattr(rule, role) is not None]
+        return f"<{type(self).__name__} {rule.where}: {', '.join(given) or 'nothing stated'}>"
+
+
+class BoundRule(Generic[P, R]):
+    """A rule looked up on an instance, as a bound method is a function."""
+
+    def __init__(self, rule: StatedRule[..., R], instance: Any) -> None:
+        self.__func__ = rule
+        self.__self__ = instance
+
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
+        """Call the method."""
+        return self.__func__(self.__self__, *args, **kwargs)
+
+    def gradcheck(self, *args: P.args, **kwargs: P.kwargs) -> Report:
+        """Check the rule on these arguments now; see :meth:`StatedRule.gradcheck`."""
+        return self.__func__.gradcheck(self.__self__, *args, **kwargs)
+
+    @property
+    def reports(self) -> tuple[Report, ...]:
+        """What has been checked so far."""
+        return self.__func__.reports
+
+    def __repr__(self) -> str:
+        return f"<bound {self.__func__!r} of {self.__self__!r}>"
+
+
+class CustomVJP(StatedRule[P, R]):
+    """A function with a backward of its own; made by :func:`custom_vjp`."""
+
+    def def_fwd(self, fwd: F) -> F:
+        """State the forward: ``fwd(*args) -> (output, residuals)``.
+
+        Args:
+            fwd: Takes the function's arguments and, if it asks for it, the keyword-only
+                ``needs``, a tuple like the arguments with a bool per leaf. Residuals may
+                be any pytree of any objects.
+
+        Returns:
+            The function that was given.
+        """
+        self._state(fwd=fwd)
+        return fwd
+
+    def def_bwd(self, bwd: F) -> F:
+        """State the backward: ``bwd(residuals, cotangent) -> cotangents``.
+
+        Args:
+            bwd: Gets what fwd returned as residuals (``((arg, ...), output)`` without a
+                fwd) and a cotangent with the structure of the output, None for integers.
+                It returns a tuple with one entry per parameter, a dict by parameter name,
+                or one bare tensor where only one argument is differentiable; ``None``
+                anywhere means zero. It may ask for the keyword-only ``needs``.
+
+        Returns:
+            The function that was given.
+        """
+        self._state(bwd=bwd)
+        return bwd
+
+    def defvjp(self, fwd: Callable[..., Any], bwd: Callable[..., Any]) -> None:
+        """State forward and backward at once, as ``jax.custom_vjp`` does."""
+        self._state(fwd=fwd, bwd=bwd)
+
+
+class _Missing:
+    """Stands for the function while the decorator is only being given options."""
+
+
+@overload
+def custom_vjp(fun: Callable[P, R], /) -> CustomVJP[P, R]: ...
+@overload
+def custom_vjp(
+    *,
+    nondiff_argnums: int | Sequence[int] = ...,
+    nondiff_argnames: str | Sequence[str] = ...,
+    contract: Contract = ...,
+    vmap: VmapMode = ...,
+    once_differentiable: bool = ...,
+    materialize_grads: bool = ...,
+    autocast: torch.dtype | None = ...,
+    probe: Callable[[], Any] | None = ...,
+) -> Callable[[Callable[P, R]], CustomVJP[P, R]]: ...
+@overload
+def custom_vjp(
+    fun: Callable[P, R],
+    /,
+    *,
+    nondiff_argnums: int | Sequence[int] = ...,
+    nondiff_argnames: str | Sequence[str] = ...,
+    contract: Contract = ...,
+    vmap: VmapMode = ...,
+    once_differentiable: bool = ...,
+    materialize_grads: bool = ...,
+    autocast: torch.dtype | None = ...,
+    probe: Callable[[], Any] | None = ...,
+) -> CustomVJP[P, R]: ...
+def custom_vjp(
+    fun: Any = _Missing,
+    /,
+    *,
+    nondiff_argnums: int | Sequence[int] = (),
+    nondiff_argnames: str | Sequence[str] = (),
+    contract: Contract = Exact(),  # noqa: B008 (immutable)
+    vmap: VmapMode = "auto",
+    once_differentiable: bool = False,
+    materialize_grads: bool = True,
+    autocast: torch.dtype | None = None,
+    probe: Callable[[], Any] | None = None,
+) -> Any:
+    """Give a function a derivative of its own.
+
+    The function is stated as usual, its forward and backward as two pure functions with
+    :meth:`~CustomVJP.def_fwd` and :meth:`~CustomVJP.def_bwd`. From then on it works under
+    ``backward``, every ``torch.func`` transform in any nesting, forward mode, derivatives
+    of any order and ``torch.compile``. On its first call with a signature it is checked
+    against the function, see :class:`gradcheck_policy`.
+
+    For complex tensors cotangents follow torch's convention: the gradient of a real loss
+    L is the conjugate derivative, so that a step along its negative descends; bwd of a
+    holomorphic f returns ``cotangent * f'(z).conj()``.
+
+    Args:
+        fun: The function; its parameters may be pytrees of tensors and any other objects.
+            Floating and complex tensors are differentiable, everything else takes part
+            without a gradient.
+        nondiff_argnums: Positions of arguments that bwd gets in front of the residuals
+            and returns nothing for, as in JAX. Nothing needs this to be an integer.
+        nondiff_argnames: The same, by name.
+        contract: What the rule claims to be: :class:`Exact`, :class:`Surrogate` or
+            :class:`Approximate`.
+        vmap: How fwd and bwd are vectorized: ``"auto"`` by torch; ``"sequential"`` one
+            element at a time; ``"expand_dims"`` with a leading batch dimension, of size 1
+            where an argument is not batched; ``"broadcast_all"`` with a leading batch
+            dimension everywhere.
+        once_differentiable: Second derivatives are an error, and nothing is kept for them.
+        materialize_grads: Give bwd zeros for the cotangent of an unused output; else None.
+        autocast: Under autocast, cast floating arguments to this dtype and run without it.
+        probe: Returns the arguments to check the rule on, in place of those of a call.
+
+    Returns:
+        The function, with the methods of :class:`CustomVJP`; or, without a function, a
+        decorator.
+
+    Raises:
+        DefinitionError: An option means nothing.
+
+    Example:
+        >>> @gt.custom_vjp
+        ... def cube(x):
+        ...     return x**3
+        >>> @cube.def_fwd
+        ... def _(x):
+        ...     return x**3, (x,)
+        >>> @cube.def_bwd
+        ... def _(residuals, g):
+        ...     (x,) = residuals
+        ...     return g * 3 * x**2
+        >>> x = torch.tensor(2.0, requires_grad=True)
+        >>> torch.autograd.grad(cube(x), x)
+        (tensor(12.),)
+    """
+    if vmap not in get_args(VmapMode):
+        raise DefinitionError(
+            f"custom_vjp: vmap={vmap!r} is none of {', '.join(map(repr, get_args(VmapMode)))}",
+            fix='Leave it out ("auto"), or use "sequential" for code that torch cannot see.',
+        )
+    if not isinstance(contract, Contract):
+        raise DefinitionError(
+            f"custom_vjp: contract={contract!r} is no contract",
+            fix="Use Exact(), Surrogate(reference=...) or Approximate(rel=...).",
+        )
+
+    def state(fun: Callable[..., Any]) -> CustomVJP[..., Any]:
+        return CustomVJP(
+            Rule(
+                name=name_of(fun),
+                fun=fun,
+                parameters=Parameters(fun, nondiff_argnums, nondiff_argnames),
+                contract=contract,
+                vmap=vmap,
+                once_differentiable=once_differentiable,
+                materialize_grads=materialize_grads,
+                autocast=autocast,
+                probe=probe,
+            )
+        )
+
+    return state if fun is _Missing else state(fun)
+
+
+def name_of(fun: Any) -> str:
+    """Return the name that a rule takes from its function."""
+    if not callable(fun):
+        raise DefinitionError(
+            f"a rule is stated of a function, and {fun!r} is none",
+            fix="Decorate the function, or call the decorator with options only.",
+        )
+    while isinstance(fun, functools.partial):
+        fun = fun.func
+    return getattr(fun, "__name__", type(fun).__name__)

@@ -1,0 +1,224 @@
+"""Everything that gradtools takes from torch by a private name, and what differs.
+
+torch 2.11 to 2.15 are supported. A name used here says what it stands for, so that a
+change upstream has one place to be answered.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch._C import _autograd, _functorch
+from torch._functorch.vmap import restore_vmap
+from torch._subclasses import fake_tensor
+from torch.autograd import forward_ad
+
+__all__ = [
+    "autocast_devices",
+    "autocast_enabled",
+    "autocast_state",
+    "clean_autograd",
+    "forward_ad_active",
+    "forward_ad_enabled",
+    "graph_is_kept",
+    "is_fake",
+    "is_foreign_subclass",
+    "is_view",
+    "is_view_of",
+    "is_wrapped",
+    "keep",
+    "plain",
+    "primal_of",
+    "requires_grad_at_any_level",
+    "tangent_of",
+    "transforms_active",
+    "vmap_flat",
+]
+
+transforms_active: Callable[[], bool] = torch._C._are_functorch_transforms_active
+"""Whether any torch.func transform is running in this thread."""
+
+is_wrapped: Callable[[torch.Tensor], bool] = _functorch.is_functorch_wrapped_tensor
+"""Whether a tensor belongs to a torch.func transform."""
+
+graph_is_kept: Callable[[], bool] = (
+    _autograd._get_current_graph_task_keep_graph
+)
+"""Inside a backward: whether the user asked for ``retain_graph``."""
+
+
+_interpreters: Callable[[], Any] = _functorch.get_interpreter_stack
+
+
+def forward_ad_active() -> bool:
+    """Whether a forward-mode level is open, by itself or by torch.func.jvp.
+
+    While AOT autograd traces a graph of Dynamo's, only functorch knows of the level.
+    """
+    return forward_ad._current_level >= 0 or (
+        transforms_active()
+        and any(i.key() == _functorch.TransformType.Jvp for i in _interpreters())
+    )
+
+
+@contextlib.contextmanager
+def forward_ad_enabled() -> Iterator[None]:
+    """Compute tangents again where a Function's jvp has them switched off.
+
+    Without it the outer of two nested forward modes sees constants (pytorch#197867).
+    """
+    with forward_ad._set_fwd_grad_enabled(True):
+        yield
+
+
+def primal_of(tensor: torch.Tensor) -> torch.Tensor:
+    """Strip the tangent of the innermost forward-mode level, and of that one only."""
+    return forward_ad.unpack_dual(tensor, level=0).primal
+
+
+def tangent_of(tensor: torch.Tensor) -> torch.Tensor | None:
+    """Return the tangent of the innermost forward-mode level, if there is one."""
+    return forward_ad.unpack_dual(tensor, level=0).tangent
+
+
+def requires_grad_at_any_level(tensor: torch.Tensor) -> bool:
+    """Whether a gradient is wanted of ``tensor`` by plain autograd or a transform."""
+    while not tensor.requires_grad:
+        if not is_wrapped(tensor):
+            return False
+        tensor = _functorch.get_unwrapped(tensor)
+    return True
+
+
+def plain(tensor: torch.Tensor) -> torch.Tensor:
+    """Return the tensor underneath all transforms, batch dimensions included."""
+    while is_wrapped(tensor):
+        tensor = _functorch.get_unwrapped(tensor)
+    return tensor
+
+
+is_fake: Callable[[torch.Tensor], bool] = fake_tensor.is_fake
+"""Whether a tensor, under all its wrappers, stands for another one in a trace."""
+
+
+def is_foreign_subclass(tensor: torch.Tensor) -> bool:
+    """Whether a tensor is of a type with a behaviour of its own, such as DTensor."""
+    return type(tensor).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__
+
+
+def is_view(tensor: torch.Tensor) -> bool:
+    """Whether autograd knows ``tensor`` as a view."""
+    return tensor._is_view()
+
+
+def is_view_of(tensor: torch.Tensor, others: Sequence[Any]) -> bool:
+    """Whether ``tensor`` is a view of one of ``others``, or of the same base."""
+    base = tensor._base
+    return base is not None and any(
+        other is base or other._base is base
+        for other in others
+        if isinstance(other, torch.Tensor)
+    )
+
+
+def vmap_flat(
+    function: Callable[..., Sequence[Any]],
+    in_dims: Sequence[int | None],
+    batch_size: int,
+    randomness: str,
+) -> Callable[..., tuple[Sequence[Any], Sequence[int | None]]]:
+    """Vectorize a function of flat arguments; return its outputs and their dims.
+
+    Unlike ``torch.func.vmap`` it leaves what does not depend on the batch unbatched,
+    and says so with a dim of ``None``.
+    """
+    vectorized = restore_vmap(function, tuple(in_dims), batch_size, randomness)
+
+    def call(*args: Any) -> tuple[Sequence[Any], Sequence[int | None]]:
+        outputs, dims = vectorized(*args)
+        return outputs, dims
+
+    return call
+
+
+def autocast_state(devices: Sequence[str]) -> tuple[tuple[str, torch.dtype], ...]:
+    """Return the device types under autocast, each with its dtype."""
+    if not autocast_enabled():
+        return ()
+    return tuple(
+        (device, torch.get_autocast_dtype(device))
+        for device in devices
+        if torch.is_autocast_enabled(device)
+    )
+
+
+def autocast_enabled() -> bool:
+    """Whether autocast is on for any device type."""
+    return torch._C._is_any_autocast_enabled()
+
+
+def autocast_devices() -> list[str]:
+    """Return the device types that are under autocast now."""
+    kinds = ["cpu"]
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    if accelerator is not None:
+        kinds.append(accelerator.type)
+    return [kind for kind in kinds if torch.is_autocast_enabled(kind)]
+
+
+@contextlib.contextmanager
+def clean_autograd() -> Iterator[None]:
+    """Run as at the top level of a script: no inference mode, no hooks, no autocast."""
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        stack.enter_context(_without_saved_tensors_hooks())
+        for device in autocast_devices():
+            stack.enter_context(torch.autocast(device, enabled=False))
+        yield
+
+
+@contextlib.contextmanager
+def _without_saved_tensors_hooks() -> Iterator[None]:
+    """Take the caller's hooks away for a while (torch.func refuses to run under any)."""
+    hooks: list[Any] = []
+    try:
+        while (top := _autograd._top_saved_tensors_default_hooks(True)) is not None:
+            hooks.append(top)
+            _autograd._pop_saved_tensors_default_hooks()
+        yield
+    finally:
+        for pack, unpack in reversed(hooks):
+            _autograd._push_saved_tensors_default_hooks(pack, unpack)
+
+
+class _Keep(torch.autograd.Function):
+    """Hold one tensor as autograd holds it (stands in for SavedTensor on torch 2.11)."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(tensor)
+        return tensor.new_empty(0)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> None:
+        return None
+
+
+def keep(tensor: torch.Tensor) -> Callable[[], torch.Tensor]:
+    """Save a tensor as ``save_for_backward`` would, apart from the other saved ones.
+
+    Saved-tensor hooks apply. The function that comes back unpacks it, and raises, as
+    autograd does, when the tensor was changed in place meanwhile. On its own, because
+    ``ctx.saved_tensors`` unpacks, and checks, all at once.
+    """
+    if hasattr(_autograd, "_make_saved_tensor"):
+        return _autograd._make_saved_tensor(tensor, is_output=False).unpack
+    if not tensor.requires_grad or is_wrapped(tensor):
+        return lambda: tensor
+    with torch.enable_grad():
+        out: Any = _Keep.apply(tensor)
+    return lambda: out.grad_fn.saved_tensors[0]  # the node lives as long as its output

@@ -1,0 +1,140 @@
+"""Pytrees: the only module that imports torch's.
+
+torch keeps the registry of container types in a private module, and users' own types
+(dataclasses, model outputs) are registered there, so gradtools uses that registry and
+no other. Everything above this module speaks of *leaves* and *structures*.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+__all__ = [
+    "Spec",
+    "Structure",
+    "added",
+    "children",
+    "flatten",
+    "is_leaf",
+    "map_tensors",
+    "paths",
+    "unflatten",
+]
+
+Spec = pytree.TreeSpec
+flatten: Callable[[Any], tuple[list[Any], Spec]] = pytree.tree_flatten
+is_leaf: Callable[[Any], bool] = pytree.tree_is_leaf
+
+
+def unflatten(leaves: Iterable[Any], spec: Spec) -> Any:
+    """Put ``leaves`` back into the containers that ``spec`` describes."""
+    return pytree.tree_unflatten(leaves, spec)
+
+
+def children(node: Any) -> list[tuple[str, Any]] | None:
+    """Return the direct children of a container with their keys; None for a leaf.
+
+    A key is text that follows the container in code: ``[0]``, ``['w']``, ``.weight``.
+    """
+    if type(node) in (tuple, list):
+        return [(f"[{index}]", child) for index, child in enumerate(node)]
+    if type(node) is dict:
+        return [(f"[{key!r}]", child) for key, child in node.items()]
+    if is_leaf(node):
+        return None
+    below = pytree.tree_flatten(node, is_leaf=lambda x: x is not node)[0]
+    return list(zip(_keys(node, len(below)), below, strict=True))
+
+
+def _keys(node: Any, count: int) -> list[str]:
+    try:
+        pairs = pytree.tree_flatten_with_path(node, is_leaf=lambda x: x is not node)[0]
+    except ValueError:  # a type registered without names for its children
+        return [f"[{index}]" for index in range(count)]
+    return [pytree.keystr(path) for path, _ in pairs]
+
+
+def paths(tree: Any, root: str = "") -> list[str]:
+    """Return one key path per leaf, such as ``params['w'][0]`` for the root ``params``."""
+    below = children(tree)
+    if below is None:
+        return [root]
+    return [path for key, child in below for path in paths(child, root + key)]
+
+
+def map_tensors(function: Callable[[torch.Tensor], Any], tree: Any) -> Any:
+    """Apply a function to the tensors of a tree; leave everything else as it is."""
+    return pytree.tree_map_only(torch.Tensor, function, tree)
+
+
+def added(first: Any, second: Any) -> Any:
+    """Add two trees of tensors, where None is zero."""
+    if first is None or second is None:
+        return second if first is None else first
+    if isinstance(first, torch.Tensor):
+        return first + second
+    leaves, spec = flatten(first)
+    return unflatten(map(added, leaves, flatten(second)[0]), spec)
+
+
+class Structure:
+    """What remains of a tree when its tensors are taken out.
+
+    A tree of tensors and other objects is the list of its tensors together with its
+    structure; :meth:`rebuild` puts the two together again.
+    """
+
+    __slots__ = ("constants", "count", "spec")
+
+    def __init__(self, spec: Spec | None, count: int, constants: dict[int, Any]):
+        self.spec = spec  # None: the tree is one bare tensor
+        self.count = count  # of tensors
+        self.constants = constants  # position among the leaves -> object
+
+    @classmethod
+    def split(cls, tree: Any) -> tuple[Sequence[torch.Tensor], Structure]:
+        """Return the tensors of ``tree``, in order, and its structure."""
+        if isinstance(tree, torch.Tensor):
+            return (tree,), _BARE
+        leaves, spec = flatten(tree)
+        constants = {
+            position: leaf
+            for position, leaf in enumerate(leaves)
+            if not isinstance(leaf, torch.Tensor)
+        }
+        if not constants:
+            return leaves, cls(spec, len(leaves), constants)
+        tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+        return tensors, cls(spec, len(tensors), constants)
+
+    def rebuild(self, tensors: Sequence[Any]) -> Any:
+        """Return the tree with ``tensors`` in the places of its tensors."""
+        return self._fill(tensors, self.constants)
+
+    def cotangents(self, values: Sequence[Any]) -> Any:
+        """Return the tree with ``values`` for its tensors and None for the rest."""
+        return self._fill(values, dict.fromkeys(self.constants))
+
+    def _fill(self, tensors: Sequence[Any], constants: dict[int, Any]) -> Any:
+        if self.spec is None:
+            return tensors[0]
+        if constants:
+            rest = iter(tensors)
+            total = self.count + len(constants)
+            tensors = [constants[i] if i in constants else next(rest) for i in range(total)]
+        return unflatten(tensors, self.spec)
+
+    def paths(self, root: str) -> list[str]:
+        """Return the key paths of the tensors."""
+        if self.spec is None:
+            return [root]
+        total = self.count + len(self.constants)
+        every = paths(unflatten(range(total), self.spec), root)
+        return [path for i, path in enumerate(every) if i not in self.constants]
+
+
+_BARE = Structure(None, 1, {})

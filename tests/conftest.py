@@ -1,0 +1,26 @@
+"""What holds for every test: float64, fixed seeds, and a fresh torch.compile."""
+
+import sys
+
+import pytest
+import torch
+
+import gradtools as gt
+
+
+@pytest.fixture(autouse=True)
+def _reproducible():
+    dtype = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    torch.manual_seed(0)
+    yield
+    torch.set_default_dtype(dtype)
+    if "torch._dynamo" in sys.modules:
+        sys.modules["torch._dynamo"].reset()
+
+
+@pytest.fixture
+def unchecked():
+    """Run with the gradient check off: the rules of a test are wrong on purpose."""
+    with gt.gradcheck_policy("off"):
+        yield

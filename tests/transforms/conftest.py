@@ -1,0 +1,30 @@
+"""Every composition runs on every case of the table."""
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from tests.transforms.cases import CASES
+
+
+@pytest.fixture(params=CASES, ids=str)
+def case(request):
+    return request.param
+
+
+@pytest.fixture(autouse=True)
+def _marker_rules_are_wrong_on_purpose(unchecked):
+    pass
+
+
+@pytest.fixture
+def agree(case):
+    """Compare a composition of transforms on the rule with it on the reference."""
+
+    def agree(composition, *, reference=None):
+        expected = (reference or composition)(case.reference, *case.inputs())
+        actual = composition(case.rule, *case.inputs())
+        assert_close(actual, expected)
+        return actual
+
+    return agree

@@ -1,0 +1,13 @@
+"""Jvp of grad."""
+
+from tests.transforms.compositions import grad, jvp, scalar
+
+
+def test_jvp_of_grad(agree):
+    def composition(f, *args):
+        h = scalar(f)
+        h = grad(h, args)
+        h = jvp(h, args, seed=3)
+        return h(*args)
+
+    agree(composition)
