@@ -44,9 +44,7 @@ transforms_active: Callable[[], bool] = torch._C._are_functorch_transforms_activ
 is_wrapped: Callable[[torch.Tensor], bool] = _functorch.is_functorch_wrapped_tensor
 """Whether a tensor belongs to a torch.func transform."""
 
-graph_is_kept: Callable[[], bool] = (
-    _autograd._get_current_graph_task_keep_graph
-)
+graph_is_kept: Callable[[], bool] = _autograd._get_current_graph_task_keep_graph
 """Inside a backward: whether the user asked for ``retain_graph``."""
 
 

@@ -125,7 +125,9 @@ class Structure:
         if constants:
             rest = iter(tensors)
             total = self.count + len(constants)
-            tensors = [constants[i] if i in constants else next(rest) for i in range(total)]
+            tensors = [
+                constants[i] if i in constants else next(rest) for i in range(total)
+            ]
         return unflatten(tensors, self.spec)
 
     def paths(self, root: str) -> list[str]:

@@ -80,7 +80,9 @@ class Checker:
 
 
 def _warn(rule: Rule, reason: str) -> None:
-    warnings.warn(f"gradtools did not check the rule {rule.where}: {reason}", stacklevel=2)
+    warnings.warn(
+        f"gradtools did not check the rule {rule.where}: {reason}", stacklevel=2
+    )
 
 
 def _obstacle(leaves: Sequence[Any]) -> str | None:
@@ -92,7 +94,9 @@ def _obstacle(leaves: Sequence[Any]) -> str | None:
         return "the arguments are fake tensors, without values"
     strange = [t for t in tensors if torch_compat.is_foreign_subclass(t)]
     if strange:
-        return f"an argument is a {type(strange[0]).__name__}, which a check cannot copy"
+        return (
+            f"an argument is a {type(strange[0]).__name__}, which a check cannot copy"
+        )
     if any(t.is_cuda for t in tensors) and torch.cuda.is_current_stream_capturing():
         return "a CUDA graph is being captured"
     size = 8 * 8 * sum(tensor.numel() for tensor in tensors)
@@ -152,7 +156,9 @@ class _Examination:
         claimed = self.rule.contract
         if isinstance(claimed, Surrogate):
             if claimed.reference is None:
-                evidence.append(Evidence("derivative", "passed", "a surrogate, not compared"))
+                evidence.append(
+                    Evidence("derivative", "passed", "a surrogate, not compared")
+                )
                 return evidence
             rule = dataclasses.replace(self.rule, bwd=claimed.reference)
             probe = Probe(dataclasses.replace(probe.plan, rule=rule), probe.leaves)
@@ -164,7 +170,9 @@ class _Examination:
         self.evaluations += 1
         plan = probe.plan
         with replayed(self.state):
-            out = plan.signature.parameters.call(plan.rule.fun, plan.signature.entries(leaves))
+            out = plan.signature.parameters.call(
+                plan.rule.fun, plan.signature.entries(leaves)
+            )
         return Structure.split(out)[0]
 
     def fwd(self, probe: Probe) -> Any:
@@ -197,14 +205,20 @@ class _Examination:
             tolerance = 1e-6 if in_double else 100 * _epsilon(want)
             if error > tolerance:
                 raise self.wrong_forward(
-                    place, "the value of fun", f"a value that differs by {error:.1e} of its size"
+                    place,
+                    "the value of fun",
+                    f"a value that differs by {error:.1e} of its size",
                 )
             worst = max(worst, error)
         if len(expected) != len(outs):
-            raise self.wrong_forward(0, f"{len(expected)} tensors", f"{len(outs)} tensors")
+            raise self.wrong_forward(
+                0, f"{len(expected)} tensors", f"{len(outs)} tensors"
+            )
         return Evidence("fwd agrees with fun", "passed", f"to {worst:.0e}", worst)
 
-    def wrong_forward(self, place: int, expected: str, got: str) -> GradientMismatchError:
+    def wrong_forward(
+        self, place: int, expected: str, got: str
+    ) -> GradientMismatchError:
         return GradientMismatchError(
             f"{self.rule.name}: fwd does not return what the function returns",
             rule=self.rule.where,
@@ -223,7 +237,11 @@ class _Examination:
         if together is not None and all(item.error <= budget for item in together):
             worst = max(item.error for item in together)
             detail = f"relative error {worst:.0e} along {len(together)} directions"
-            return [Evidence(f"derivative in {_list(probe, places)}", "passed", detail, worst)]
+            return [
+                Evidence(
+                    f"derivative in {_list(probe, places)}", "passed", detail, worst
+                )
+            ]
         return [self.one(probe, [place], budget) for place in places]
 
     def one(self, probe: Probe, places: list[int], budget: float) -> Evidence:
@@ -263,7 +281,11 @@ class _Examination:
         needs = [place in places for place in range(len(probe.leaves))]
 
         def fun(leaves: Sequence[Any]) -> list[torch.Tensor]:
-            return [out for out, can in zip(self.fun(probe, leaves), able, strict=True) if can]
+            return [
+                out
+                for out, can in zip(self.fun(probe, leaves), able, strict=True)
+                if can
+            ]
 
         def bwd(cotangents: Sequence[torch.Tensor]) -> Sequence[torch.Tensor | None]:
             self.evaluations += 1
@@ -293,9 +315,11 @@ class _Examination:
         self, probe: Probe, place: int, worst: Comparison, budget: float
     ) -> GradientMismatchError:
         path = probe.plan.signature.paths()[place]
-        what = "outside the budget of its contract" if isinstance(
-            self.rule.contract, Approximate
-        ) else "not the derivative of the function"
+        what = (
+            "outside the budget of its contract"
+            if isinstance(self.rule.contract, Approximate)
+            else "not the derivative of the function"
+        )
         return GradientMismatchError(
             f"{self.rule.name}: what bwd returns for {path} is {what}",
             rule=self.rule.where,
@@ -319,7 +343,9 @@ def _worst(found: Sequence[Comparison]) -> float:
 
 def _list(probe: Probe, places: Sequence[int]) -> str:
     paths = probe.plan.signature.paths()
-    return ", ".join(paths[place].removeprefix("args.") for place in places) or "nothing"
+    return (
+        ", ".join(paths[place].removeprefix("args.") for place in places) or "nothing"
+    )
 
 
 def _of(tensor: torch.Tensor) -> str:
@@ -344,5 +370,3 @@ def _relative_error(want: torch.Tensor, got: torch.Tensor) -> float:
     difference = (want - got)[finite].abs().max().item()
     size = want[finite].abs().max().item()
     return difference / size if size else difference
-
-

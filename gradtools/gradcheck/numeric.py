@@ -46,7 +46,9 @@ class Comparison:
     @property
     def is_conclusive(self) -> bool:
         """Whether the differences mean anything."""
-        return math.isfinite(self.numeric) and self.noise <= 0.1 * max(self.scale, 1e-300)
+        return math.isfinite(self.numeric) and self.noise <= 0.1 * max(
+            self.scale, 1e-300
+        )
 
 
 def compare(
@@ -94,7 +96,10 @@ def compare(
 
     epsilon = max(torch.finfo(out.dtype).eps for out in (*outs, *directions.values()))
     size = math.sqrt(
-        sum(float(_products(c, o).square().sum()) for c, o in zip(cotangents, outs, strict=True))
+        sum(
+            float(_products(c, o).square().sum())
+            for c, o in zip(cotangents, outs, strict=True)
+        )
     )
     coarse = epsilon ** (1 / 5)  # best for the extrapolated difference
     far, near = along(coarse), along(coarse / 2)

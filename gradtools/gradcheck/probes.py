@@ -37,7 +37,9 @@ class Probe:
     def places(self) -> list[int]:
         """The leaves whose derivative is claimed and wanted."""
         needs = self.plan.signature.needs
-        return [i for i, meta in enumerate(self.plan.signature.metas) if meta and needs[i]]
+        return [
+            i for i, meta in enumerate(self.plan.signature.metas) if meta and needs[i]
+        ]
 
     def with_leaves(self, leaves: Sequence[Any]) -> Probe:
         """Return the probe on other leaves of the same structure."""
@@ -57,7 +59,9 @@ class Probe:
 def of_entries(plan: Plan, entries: tuple[Any, ...]) -> Probe:
     """Return the probe that a user's ``probe=`` gave."""
     leaves, spec = flatten_entries(entries)
-    needs = tuple(isinstance(x, torch.Tensor) and x.dtype.is_floating_point for x in leaves)
+    needs = tuple(
+        isinstance(x, torch.Tensor) and x.dtype.is_floating_point for x in leaves
+    )
     signature = CallSignature(plan.rule.parameters, entries, leaves, spec, needs)
     return Probe(dataclasses.replace(plan, signature=signature), ()).with_leaves(
         [x.detach() if isinstance(x, torch.Tensor) else x for x in leaves]
@@ -83,7 +87,9 @@ def moved_off_kinks(probe: Probe, generator: torch.Generator) -> Probe:
         leaf = leaves[place]
         noise = torch.rand(leaf.shape, generator=generator, dtype=torch.float64)
         step = (noise.to(leaf.device) + 0.5) * 1e-4
-        leaves[place] = leaf + (step * (leaf.abs() + 1e-2 * scale_of(leaf))).to(leaf.dtype)
+        leaves[place] = leaf + (step * (leaf.abs() + 1e-2 * scale_of(leaf))).to(
+            leaf.dtype
+        )
     return probe.with_leaves(leaves)
 
 

@@ -37,6 +37,7 @@ class BackwardPlan:
         self.wanted = tuple(needs)
         self.rule = plan.rule
         self.signature = plan.signature
+        self.moving = plan.moving
         self.state = State(
             watched={"fwd", "bwd"},
             second_order=plan.state.second_order,
@@ -103,7 +104,9 @@ class BackwardPlan:
         count = len(self.layout.kept)
         kept, cotangents = leaves[:count], leaves[count:]
         return list(
-            self.plan.backward(self.layout, kept, cotangents, self.wanted, leading=leading)
+            self.plan.backward(
+                self.layout, kept, cotangents, self.wanted, leading=leading
+            )
         )
 
 

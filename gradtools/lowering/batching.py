@@ -74,6 +74,7 @@ class Batched:
         self.signature = inner.signature
         self.state = inner.state
         self.primal = inner.primal
+        self.moving = inner.moving
         self.has_jvp = inner.has_jvp
 
     def map(
@@ -150,7 +151,9 @@ class Batched:
         values, value_dims = self.map(run, (*leaves, *tangents, *outs), dims, leading)
         return [
             _placed(value, dim, out_dim, self.size, len(leading), reduce=False)
-            for value, dim, out_dim in zip(values, value_dims, layout.out_dims, strict=True)
+            for value, dim, out_dim in zip(
+                values, value_dims, layout.out_dims, strict=True
+            )
         ]
 
     def refuse_different(self, layouts: Sequence[Layout]) -> None:
@@ -223,11 +226,15 @@ class Expanded(Batched):
         out_dims: list[int | None] = []
         for result in function(*front, leading=(*leading, self.size)):
             alone = result is None or self.size_at(result, place) != self.size
-            results.append(result.squeeze(place) if alone and result is not None else result)
+            results.append(
+                result.squeeze(place) if alone and result is not None else result
+            )
             out_dims.append(None if alone else 0)
         return results, out_dims
 
-    def to_front(self, tensor: torch.Tensor, dim: int | None, place: int) -> torch.Tensor:
+    def to_front(
+        self, tensor: torch.Tensor, dim: int | None, place: int
+    ) -> torch.Tensor:
         """Bring the batch dimension to ``place``; one of size 1 or the batch's if none."""
         if dim is not None:
             return tensor.movedim(dim + place, place)
@@ -241,7 +248,9 @@ class Expanded(Batched):
     def size_at(self, tensor: torch.Tensor, place: int) -> int:
         size = tensor.shape[place] if tensor.dim() > place else None
         if size not in (1, self.size):
-            expected = f"a dimension of size {self.size} (the batch) or 1 at position {place}"
+            expected = (
+                f"a dimension of size {self.size} (the batch) or 1 at position {place}"
+            )
             raise ForwardContractError(
                 f"{self.rule.name}: under vmap={self.rule.vmap!r} every tensor that fwd "
                 "returns carries the batch dimension in front",
@@ -309,7 +318,9 @@ _MODES: dict[str, type[Batched]] = {
 
 def _element(values: Sequence[Any], dims: Dims, index: int) -> list[Any]:
     return [
-        value.select(dim, index) if isinstance(value, torch.Tensor) and dim is not None else value
+        value.select(dim, index)
+        if isinstance(value, torch.Tensor) and dim is not None
+        else value
         for value, dim in zip(values, dims, strict=True)
     ]
 
@@ -342,11 +353,15 @@ def _placed(
         return value.sum(dim + place)
     if dim is None:
         value = value.unsqueeze(wanted + place)
-        return value.expand([size if i == wanted + place else -1 for i in range(value.dim())])
+        return value.expand(
+            [size if i == wanted + place else -1 for i in range(value.dim())]
+        )
     return value.movedim(dim + place, wanted + place)
 
 
 def _same(first: dict[int, Any], second: dict[int, Any]) -> bool:
     if first.keys() != second.keys():
         return False
-    return all(first[key] is second[key] or bool(first[key] == second[key]) for key in first)
+    return all(
+        first[key] is second[key] or bool(first[key] == second[key]) for key in first
+    )

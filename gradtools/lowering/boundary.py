@@ -45,7 +45,7 @@ is_tracing: Callable[[], bool] = torch.compiler.is_dynamo_compiling
 class Crossable(Protocol):
     """What can be called on the other side of the boundary."""
 
-    key: int
+    key: str
     rule: Rule
     reads: Sequence[captures.Path]
     names: Sequence[str]
@@ -56,12 +56,12 @@ class Crossable(Protocol):
 
 
 _keys = itertools.count()
-_registry: weakref.WeakValueDictionary[int, Crossable] = weakref.WeakValueDictionary()
+_registry: weakref.WeakValueDictionary[str, Crossable] = weakref.WeakValueDictionary()
 
 
-def register(rule: Crossable) -> int:
-    """Return the number by which a rule is found on the other side."""
-    key = next(_keys)
+def register(rule: Crossable) -> str:
+    """Return the name by which a rule is found on the other side."""
+    key = f"rule {next(_keys)}"
     _registry[key] = rule
     return key
 
@@ -84,12 +84,14 @@ def call(target: Crossable, args: tuple[Any, ...], kwargs: dict[str, Any]) -> An
         if _needs_gradient(leaves):
             _warn_of_export(rule.name)
         return rule.parameters.call(rule.fun, entries)
-    if _must_cross():
+    if rule.bwd is None or _must_cross():
         return _cross(target, entries, leaves)
     if not _needs_gradient(leaves):
         return rule.parameters.call(rule.fun, entries)
     needs = tuple(isinstance(x, torch.Tensor) and x.requires_grad for x in leaves)
-    plan = Plan(rule, CallSignature(rule.parameters, entries, leaves, spec, needs), _STATE)
+    plan = Plan(
+        rule, CallSignature(rule.parameters, entries, leaves, spec, needs), _STATE
+    )
     *tensors, outputs = Traced.apply(plan, *leaves)
     return outputs.rebuild(tensors)
 
@@ -117,7 +119,9 @@ class Traced(Function):
     def backward(ctx: Any, *cotangents: Any) -> Any:
         plan, layout = ctx.plan, ctx.layout
         given = layout.only_floating(cotangents)
-        values = plan.backward(layout, ctx.saved_tensors, given, ctx.needs_input_grad[1:])
+        values = plan.backward(
+            layout, ctx.saved_tensors, given, ctx.needs_input_grad[1:]
+        )
         return (None, *values)
 
 
@@ -175,6 +179,7 @@ def _warn_of_export(name: str) -> None:
 
 def _cross(target: Crossable, entries: Sequence[Any], leaves: Sequence[Any]) -> Any:
     """Call a rule through a call that Dynamo does not look into."""
+    {target.key}  # noqa: B018 (a constant from here on, see below)
     _prepare(target.key)
     skeleton: Any = tuple(range(len(leaves)))
     if len(entries) != len(leaves) or any(a is not b for a, b in zip(entries, leaves)):
@@ -204,7 +209,7 @@ _crossing: Any = None
 
 
 @at_trace_time
-def _prepare(key: int) -> None:
+def _prepare(key: str) -> None:
     """Make the crossing, and list anew what the rule's functions read."""
     global _crossing
     import torch._dynamo
@@ -212,16 +217,20 @@ def _prepare(key: int) -> None:
     if _crossing is None:
         _crossing = torch._dynamo.nonstrict_trace(_other_side)
     target = _registry[key]
-    functions = {role: getattr(target.rule, role) for role in ("fun", "fwd", "bwd", "jvp")}
+    functions = {
+        role: getattr(target.rule, role) for role in ("fun", "fwd", "bwd", "jvp")
+    }
     target.reads = [
         (("attribute", role), *path)
         for role, function in functions.items()
         for path in captures.free_variables(function).values()
     ]
-    target.names = sorted(frozenset[str]().union(*map(captures.names_used, functions.values())))
+    target.names = sorted(
+        frozenset[str]().union(*map(captures.names_used, functions.values()))
+    )
 
 
-def _other_side(key: int, skeleton: Any, leaves: list[Any], holes: list[Any]) -> Any:
+def _other_side(key: str, skeleton: Any, leaves: list[Any], holes: list[Any]) -> Any:
     """Call the rule as in eager mode."""
     leaves = list(leaves)
     for index, identity in holes:

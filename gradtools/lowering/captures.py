@@ -53,7 +53,9 @@ class Watch(TorchFunctionMode):
         for tensor in self.arguments:
             self.remember(tensor)
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
         produced = list(_tensors_in(result))
@@ -77,7 +79,9 @@ class Watch(TorchFunctionMode):
         return torch_compat.is_view_of(tensor, self.arguments)
 
     def error(self, tensor: torch.Tensor) -> CapturedTensorError:
-        return captured(self.rule, self.role, name_of(tensor, getattr(self.rule, self.role)))
+        return captured(
+            self.rule, self.role, name_of(tensor, getattr(self.rule, self.role))
+        )
 
 
 # What may be asked of a captured tensor: its metadata (a property that gives no tensor is
@@ -185,7 +189,9 @@ def _collect(
         for index in range(len(function.args)):
             take(f"partial argument {index}", ("attribute", "args"), ("item", index))
         for name in function.keywords:
-            take(f"partial argument {name!r}", ("attribute", "keywords"), ("item", name))
+            take(
+                f"partial argument {name!r}", ("attribute", "keywords"), ("item", name)
+            )
     elif isinstance(function, types.MethodType):
         take("method", ("attribute", "__func__"))
         found.setdefault("self", (*path, ("attribute", "__self__")))
@@ -199,7 +205,9 @@ def _collect(
         for name in _globals_in(code) & function.__globals__.keys():
             take(f"global {name!r}", ("global", name))
         for index in range(len(function.__defaults__ or ())):
-            parameter = code.co_varnames[code.co_argcount - len(function.__defaults__) + index]
+            parameter = code.co_varnames[
+                code.co_argcount - len(function.__defaults__) + index
+            ]
             take(
                 f"default of parameter {parameter!r}{of}",
                 ("attribute", "__defaults__"),
@@ -299,7 +307,9 @@ def _parts(value: Any) -> Iterator[tuple[str, Any]]:
     if below is not None:
         yield from below
         return
-    yield from ((f".{name}", child) for name, child in getattr(value, "__dict__", {}).items())
+    yield from (
+        (f".{name}", child) for name, child in getattr(value, "__dict__", {}).items()
+    )
     for cls in type(value).__mro__:
         slots = cls.__dict__.get("__slots__", ())
         for name in (slots,) if isinstance(slots, str) else slots:
@@ -321,16 +331,22 @@ def may_hide_parameters(leaf: Any) -> bool:
     return callable(leaf) and not isinstance(leaf, (torch.Tensor, type))
 
 
-def refuse_hidden_parameters(rule: Rule, paths: list[str], leaves: Iterable[Any]) -> None:
+def refuse_hidden_parameters(
+    rule: Rule, paths: list[str], leaves: Iterable[Any]
+) -> None:
     """Raise for a module or callable argument that holds tensors which need a gradient."""
     violations = []
     for index, leaf in enumerate(leaves):
         if not may_hide_parameters(leaf) or (index == 0 and rule.is_method):
             continue  # what self holds and the rule uses, Watch finds
-        hidden = [path for path, tensor in hidden_tensors(leaf) if needs_gradient(tensor)]
+        hidden = [
+            path for path, tensor in hidden_tensors(leaf) if needs_gradient(tensor)
+        ]
         if hidden:
             got = f"a {type(leaf).__name__} whose {hidden[0].lstrip('.')} needs a gradient"
-            violations.append(Violation(paths[index], "a value without parameters", got))
+            violations.append(
+                Violation(paths[index], "a value without parameters", got)
+            )
     if violations:
         raise CapturedTensorError(
             f"{rule.name}: an argument holds parameters that need a gradient, and would "

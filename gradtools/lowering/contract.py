@@ -120,7 +120,11 @@ class _Matching:
         return self.values
 
     def by_place(
-        self, returned: Any, places: list[int], names: list[str], skeleton: Sequence[Any]
+        self,
+        returned: Any,
+        places: list[int],
+        names: list[str],
+        skeleton: Sequence[Any],
     ) -> dict[int, Any]:
         """Give each parameter what bwd returned for it."""
         if type(returned) in (tuple, list):
@@ -141,7 +145,11 @@ class _Matching:
         return {}
 
     def by_name(
-        self, returned: dict[Any, Any], places: list[int], names: list[str], skeleton: Any
+        self,
+        returned: dict[Any, Any],
+        places: list[int],
+        names: list[str],
+        skeleton: Any,
     ) -> dict[int, Any]:
         at = {names[i]: i for i in places}
         var = self.signature.parameters.var_positional
@@ -278,7 +286,9 @@ def output_tangents(
     ]
     tangents = _tangents_of(returned[0], returned[1])
     if tangents is None:
-        violations.append(Violation("return[1]", describe(returned[0]), describe(returned[1])))
+        violations.append(
+            Violation("return[1]", describe(returned[0]), describe(returned[1]))
+        )
     for place, tangent, primal in zip(places, tangents or (), primals, strict=False):
         able = primal.is_floating_point() or primal.is_complex()
         if tangent is not None and (not able or describe(tangent) != describe(primal)):
@@ -302,7 +312,9 @@ def _tangents_of(out: Any, tangent: Any) -> list[Any] | None:
     """Return the tangent of each tensor in ``out``; None for a tree of another shape."""
     below = trees.children(out)
     if tangent is None or below is None:
-        return [tangent for leaf in trees.flatten(out)[0] if isinstance(leaf, torch.Tensor)]
+        return [
+            tangent for leaf in trees.flatten(out)[0] if isinstance(leaf, torch.Tensor)
+        ]
     given = dict(trees.children(tangent) or ())
     if given.keys() != {key for key, _ in below}:
         return None

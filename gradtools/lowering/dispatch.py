@@ -24,7 +24,12 @@ from gradtools.errors import DefinitionError, Violation
 from gradtools.lowering import captures, functions
 from gradtools.lowering.flat import Plan, State
 from gradtools.rules.rule import Rule
-from gradtools.rules.signature import CallSignature, Meta, flatten_entries, is_differentiable
+from gradtools.rules.signature import (
+    CallSignature,
+    Meta,
+    flatten_entries,
+    is_differentiable,
+)
 
 __all__ = ["Lowered"]
 
@@ -75,13 +80,14 @@ class Lowered:
 
     def run_entries(self, entries: tuple[Any, ...]) -> Any:
         """Call the rule with bound arguments."""
-        transformed = torch_compat.transforms_active() or torch_compat.forward_ad_active()
+        moving = torch_compat.forward_ad_active()
+        transformed = moving or torch_compat.transforms_active()
         leaves, spec = flatten_entries(entries)
         if self.rule.autocast is not None and torch_compat.autocast_enabled():
             leaves = [_cast(leaf, self.rule.autocast) for leaf in leaves]
             with _without_autocast():
-                return self.run(leaves, spec, entries, transformed)
-        return self.run(leaves, spec, entries, transformed)
+                return self.run(leaves, spec, entries, transformed, moving)
+        return self.run(leaves, spec, entries, transformed, moving)
 
     def run(
         self,
@@ -89,12 +95,13 @@ class Lowered:
         spec: trees.Spec | None,
         entries: Sequence[Any],
         transformed: bool,
+        moving: bool,
     ) -> Any:
         """Run the rule on flat values by the way that the moment asks for."""
-        needs = wanted(leaves, transformed)
-        if not any(needs) and not torch_compat.forward_ad_active():
+        needs = wanted(leaves, transformed, moving)
+        if not any(needs):
             return self.run_primal(leaves, spec, entries, transformed)
-        plan = self.plan(leaves, spec, entries, needs)
+        plan = self.plan(leaves, spec, entries, needs, moving)
         self.look_again(plan)
         function = self.composable if transformed else self.direct
         returned = function.apply(plan, *leaves)
@@ -131,7 +138,9 @@ class Lowered:
             held = [
                 tensor
                 for function, path in self.free
-                for _, tensor in captures.hidden_tensors(captures.follow(function, path))
+                for _, tensor in captures.hidden_tensors(
+                    captures.follow(function, path)
+                )
             ]
             source = next((t for t in held if t.requires_grad), tensors[0])
             where = captures.name_of(source, self.rule.fun)
@@ -141,7 +150,7 @@ class Lowered:
         """Return a plan in which every differentiable argument counts, and its leaves."""
         leaves, spec = flatten_entries(entries)
         needs = tuple(map(is_differentiable, leaves))
-        return self.make_plan(leaves, spec, entries, needs, (), "always"), leaves
+        return self.make_plan(leaves, spec, entries, needs, False, (), "always"), leaves
 
     def plan(
         self,
@@ -149,17 +158,18 @@ class Lowered:
         spec: trees.Spec | None,
         entries: Sequence[Any],
         needs: tuple[bool, ...],
+        moving: bool,
     ) -> Plan:
         """Return the plan for a call, made on its first occasion."""
         autocast = torch_compat.autocast_state(_devices(leaves))
         policy = self.policy()
         try:
-            key = (spec, needs, autocast, policy, *map(_exactly, leaves))
+            key = (spec, needs, moving, autocast, policy, *map(_exactly, leaves))
             plan = self.plans.get(key)
         except TypeError:  # sizes that are symbols have no hash
             key = plan = None
         if plan is None:
-            plan = self.make_plan(leaves, spec, entries, needs, autocast, policy)
+            plan = self.make_plan(leaves, spec, entries, needs, moving, autocast, policy)
             if key is not None:
                 if len(self.plans) >= _MOST_PLANS:
                     self.plans.clear()
@@ -175,6 +185,7 @@ class Lowered:
         spec: trees.Spec | None,
         entries: Sequence[Any],
         needs: tuple[bool, ...],
+        moving: bool,
         autocast: Any,
         policy: str,
     ) -> Plan:
@@ -190,7 +201,14 @@ class Lowered:
             state = self.states.setdefault(key, State())
         callables = any(map(captures.may_hide_parameters, leaves))
         return Plan(
-            rule, signature, state, policy, autocast, self.check, has_callables=callables
+            rule,
+            signature,
+            state,
+            policy,
+            autocast,
+            self.check,
+            moving=moving,
+            has_callables=callables,
         )
 
     def refuse_undefined(self) -> None:
@@ -205,7 +223,11 @@ class Lowered:
     def refuse_nondiff(self, signature: CallSignature, entries: Sequence[Any]) -> None:
         """Raise for a tensor that needs a gradient where the rule says there is none."""
         violations = [
-            Violation(f"args.{signature.names[index]}", "a value without a gradient", str(Meta.of(t)))
+            Violation(
+                f"args.{signature.names[index]}",
+                "a value without a gradient",
+                str(Meta.of(t)),
+            )
             for index in self.rule.parameters.nondiff
             for t in trees.flatten(entries[index])[0]
             if is_differentiable(t) and torch_compat.requires_grad_at_any_level(t)
@@ -229,13 +251,12 @@ class Lowered:
 _NEVER_TENSORS = (types.ModuleType, types.BuiltinFunctionType, type, str, bytes)
 
 
-def wanted(leaves: Sequence[Any], transformed: bool) -> tuple[bool, ...]:
-    """Return for each leaf whether its gradient may be asked for."""
+def wanted(leaves: Sequence[Any], transformed: bool, moving: bool) -> tuple[bool, ...]:
+    """Return for each leaf whether a derivative in it may be asked for."""
     if not transformed:
         return tuple(
             isinstance(leaf, torch.Tensor) and leaf.requires_grad for leaf in leaves
         )
-    moving = torch_compat.forward_ad_active()
     return tuple(
         is_differentiable(leaf) and (moving or torch_compat.requires_grad_at_any_level(leaf))
         for leaf in leaves

@@ -66,6 +66,7 @@ class Lowerable(Protocol):
     signature: CallSignature
     state: State
     primal: bool
+    moving: bool
     has_jvp: bool
 
     def first_use(self, leaves: Sequence[Any]) -> None:
@@ -116,6 +117,7 @@ class Plan:
         autocast: Device types under autocast at the call, with their dtypes.
         check: Called with the plan and plain leaves before the plan is used.
         primal: The plan serves calls that want no gradient: ``fun`` alone runs.
+        moving: Forward mode is active at the call.
         has_callables: Some argument may hold parameters.
     """
 
@@ -126,6 +128,7 @@ class Plan:
     autocast: tuple[tuple[str, torch.dtype], ...] = ()
     check: Callable[[Plan, Sequence[Any]], None] | None = None
     primal: bool = False
+    moving: bool = False
     has_callables: bool = False
 
     @property
@@ -246,11 +249,16 @@ class Plan:
         rule, signature = self.rule, self.signature
         filled = [
             torch.zeros_like(leaf) if tangent is None and meta is not None else tangent
-            for leaf, tangent, meta in zip(leaves, tangents, signature.metas, strict=True)
+            for leaf, tangent, meta in zip(
+                leaves, tangents, signature.metas, strict=True
+            )
         ]
         primals, moved = signature.entries(leaves), signature.entries(filled)
         nondiff = rule.parameters.nondiff
-        first = [*(primals[:1] if rule.jvp_takes_self else ()), *(primals[i] for i in nondiff)]
+        first = [
+            *(primals[:1] if rule.jvp_takes_self else ()),
+            *(primals[i] for i in nondiff),
+        ]
         given = tuple(p for i, p in enumerate(primals) if i not in nondiff)
         moved = tuple(t for i, t in enumerate(moved) if i not in nondiff)
         try:
@@ -273,7 +281,9 @@ class Plan:
                 )
             yield
 
-    def _first_forward(self, entries: Sequence[Any], leaves: Sequence[Any]) -> tuple[Any, Any]:
+    def _first_forward(
+        self, entries: Sequence[Any], leaves: Sequence[Any]
+    ) -> tuple[Any, Any]:
         """Run fwd for the first time, and learn what does not change between calls."""
         before = None if _traced(leaves) else random_state(leaves)
         role = "fun" if self.rule.fwd is None or self.primal else "fwd"
@@ -310,7 +320,7 @@ class Plan:
             elif index in self.state.foreign:
                 owned[index] = out.detach()
             seen.add(id(out))
-        if torch_compat.forward_ad_active():
+        if self.moving:
             # torch wants the tangent of a view to be a view of the input's tangent,
             # which a rule's tangent is not.
             owned = [out.clone() if torch_compat.is_view(out) else out for out in owned]

@@ -26,7 +26,11 @@ Optional = Sequence[torch.Tensor | None]
 
 
 def transposed(
-    plan: Lowerable, layout: Layout, kept: Tensors, outs: Tensors, tangents: Sequence[Any]
+    plan: Lowerable,
+    layout: Layout,
+    kept: Tensors,
+    outs: Tensors,
+    tangents: Sequence[Any],
 ) -> list[torch.Tensor | None]:
     """Return one tangent per output, None for an output that has none."""
     moved = [tangent is not None for tangent in tangents]
@@ -70,7 +74,9 @@ def transposed_jvp(
             if cotangent is not None
         ]
 
-    ones = [torch.ones_like(leaf) for leaf, need in zip(leaves, needs, strict=True) if need]
+    ones = [
+        torch.ones_like(leaf) for leaf, need in zip(leaves, needs, strict=True) if need
+    ]
     values = iter(pulled_back(jvp, ones, given, leaves))
     return [next(values) if need else None for need in needs]
 

@@ -76,8 +76,10 @@ class Composable(Function):
             if plan.rule.bwd is None:
                 preconditions.jvp_linearity(plan, layout, leaves, outs)
             like = layout.only_floating(outs)
-            preconditions.second_order(plan, layout, kept, like, leaves if new else None)
-            if torch_compat.forward_ad_active() and not plan.has_jvp:
+            preconditions.second_order(
+                plan, layout, kept, like, leaves if new else None
+            )
+            if plan.moving and not plan.has_jvp:
                 preconditions.linearity(plan, layout, kept, outs)
         return *outs, *(tensor.detach() for tensor in new), layout
 
@@ -91,7 +93,7 @@ class Composable(Function):
         ctx.save_for_backward(*layout.pick(leaves, outs, new))
         ctx.like = [(out.shape, out.dtype, out.device) for out in outs]
         ctx.inputs = higher_order.Inputs(leaves, layout) if new else None
-        if torch_compat.forward_ad_active():
+        if plan.moving:
             ctx.constants = [None if isinstance(x, torch.Tensor) else x for x in leaves]
             tensors = [x if isinstance(x, torch.Tensor) else None for x in leaves]
             ctx.save_for_forward(*tensors, *outs, *new)
@@ -115,7 +117,9 @@ class Composable(Function):
                 preconditions.refuse_nonzero(error, extra)
             else:
                 leaves = ctx.inputs.leaves(kept)
-                more = higher_order.residual_cotangents(plan, layout, leaves, extra, needs)
+                more = higher_order.residual_cotangents(
+                    plan, layout, leaves, extra, needs
+                )
                 values = [_sum(a, b) for a, b in zip(values, more, strict=True)]
         return None, *values
 
@@ -149,17 +153,27 @@ class Composable(Function):
 
 
 def _in_place(
-    plan: Lowerable, layout: Layout, kept: Tensors, given: Optional, needs: Sequence[bool]
+    plan: Lowerable,
+    layout: Layout,
+    kept: Tensors,
+    given: Optional,
+    needs: Sequence[bool],
 ) -> Optional:
     """Run bwd where it stands, so that torch sees its operations."""
     return plan.backward(layout, kept, given, needs)
 
 
 def _apart(
-    plan: Lowerable, layout: Layout, kept: Tensors, given: Optional, needs: Sequence[bool]
+    plan: Lowerable,
+    layout: Layout,
+    kept: Tensors,
+    given: Optional,
+    needs: Sequence[bool],
 ) -> Optional:
     """Run bwd as a Function of its own."""
-    *values, returned = Composable.apply(BackwardPlan(plan, layout, needs), *kept, *given)
+    *values, returned = Composable.apply(
+        BackwardPlan(plan, layout, needs), *kept, *given
+    )
     return returned.outputs.rebuild(values)
 
 
@@ -191,7 +205,9 @@ def _sum(a: torch.Tensor | None, b: torch.Tensor | None) -> torch.Tensor | None:
 def _zeros(tangents: Optional, like: Tensors) -> list[torch.Tensor | None]:
     """Make tangents complete: torch wants one for every floating output."""
     return [
-        torch.zeros_like(x) if t is None and (x.is_floating_point() or x.is_complex()) else t
+        torch.zeros_like(x)
+        if t is None and (x.is_floating_point() or x.is_complex())
+        else t
         for t, x in zip(tangents, like, strict=True)
     ]
 

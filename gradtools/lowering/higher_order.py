@@ -80,7 +80,11 @@ def traced(
 def _agree(before: torch.Tensor, after: torch.Tensor) -> bool:
     if before.shape != after.shape or before.dtype != after.dtype:
         return False
-    if torch_compat.transforms_active() or torch_compat.is_fake(before) or before.is_meta:
+    if (
+        torch_compat.transforms_active()
+        or torch_compat.is_fake(before)
+        or before.is_meta
+    ):
         return True
     with torch.no_grad():
         if not before.is_floating_point() and not before.is_complex():

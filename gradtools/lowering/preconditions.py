@@ -180,11 +180,15 @@ def _opaque_bwd(
         return _opaque(plan.rule, "bwd", "the incoming cotangent", error)
     for value, path in zip(through, paths, strict=True):
         if value is not None and not value.requires_grad and bool((value != 0).any()):
-            return _opaque(plan.rule, "bwd", f"the incoming cotangent, for {path}", None)
+            return _opaque(
+                plan.rule, "bwd", f"the incoming cotangent, for {path}", None
+            )
     for k, tensor in enumerate(tracked):
         if not _floating(tensor):
             continue
-        blind = [i for i, v in enumerate(values) if v is not None and not _reaches(v, tensor)]
+        blind = [
+            i for i, v in enumerate(values) if v is not None and not _reaches(v, tensor)
+        ]
         if not blind:
             continue
         with torch.no_grad():
@@ -198,7 +202,9 @@ def _opaque_bwd(
     return None
 
 
-def _opaque(rule: Rule, role: str, what: str, cause: Exception | None) -> TransformError:
+def _opaque(
+    rule: Rule, role: str, what: str, cause: Exception | None
+) -> TransformError:
     error = TransformError(
         f"{rule.name}: {role} cannot be differentiated: torch does not see how its "
         f"result depends on {what}",
@@ -213,7 +219,9 @@ def _opaque(rule: Rule, role: str, what: str, cause: Exception | None) -> Transf
 
 def _place_of(layout: Layout, kind: str, index: int) -> str:
     """Name a kept tensor by its place among the residuals."""
-    position = next(p for p, source in enumerate(layout.kept) if source == (kind, index))
+    position = next(
+        p for p, source in enumerate(layout.kept) if source == (kind, index)
+    )
     slots = range(len(layout.kept)) if layout.slots is None else layout.slots
     names = layout.residuals.paths("residuals")
     return names[list(slots).index(position)]

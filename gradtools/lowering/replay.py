@@ -50,7 +50,11 @@ def replayed(state: State | None) -> Iterator[None]:
 
 
 def _get(device: torch.device) -> torch.Tensor:
-    return torch.get_rng_state() if device.type == "cpu" else torch.cuda.get_rng_state(device)
+    return (
+        torch.get_rng_state()
+        if device.type == "cpu"
+        else torch.cuda.get_rng_state(device)
+    )
 
 
 def _set(device: torch.device, state: torch.Tensor) -> None:

@@ -24,7 +24,9 @@ class Source(NamedTuple):
     kind: str
     index: int
 
-    def pick(self, leaves: Sequence[Any], outs: Sequence[Any], new: Sequence[Any]) -> Any:
+    def pick(
+        self, leaves: Sequence[Any], outs: Sequence[Any], new: Sequence[Any]
+    ) -> Any:
         """Return the tensor that lives here."""
         places = {"input": leaves, "output": outs, "new": new}
         return places[self.kind][self.index]
@@ -71,7 +73,9 @@ class Layout:
         given = cotangents[: self.outputs.count]
         if self.floating is None:
             return given
-        return [c if able else None for c, able in zip(given, self.floating, strict=True)]
+        return [
+            c if able else None for c, able in zip(given, self.floating, strict=True)
+        ]
 
     def with_none(self, values: Sequence[Any]) -> Sequence[Any]:
         """Return values of the differentiable outputs with None for the other outputs."""

@@ -72,7 +72,9 @@ class _Collect(TorchFunctionMode):
         self.known = {id(tensor): tensor for tensor in arguments}
         self.found: dict[int, torch.Tensor] = {}
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         kwargs = kwargs or {}
         for tensor in _tensors((args, kwargs)):
             if id(tensor) not in self.known and needs_gradient(tensor):
@@ -86,11 +88,15 @@ class _Collect(TorchFunctionMode):
 class _Exchange(TorchFunctionMode):
     """Put other tensors in the place of the captured ones."""
 
-    def __init__(self, captured: tuple[torch.Tensor, ...], given: tuple[Any, ...]) -> None:
+    def __init__(
+        self, captured: tuple[torch.Tensor, ...], given: tuple[Any, ...]
+    ) -> None:
         super().__init__()
         self.given = {id(old): new for old, new in zip(captured, given, strict=True)}
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         args, kwargs = _exchanged((args, kwargs or {}), self.given)
         return func(*args, **kwargs)
 

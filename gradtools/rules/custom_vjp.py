@@ -108,7 +108,9 @@ class StatedRule(Generic[P, R]):
             GradientMismatchError: The rule is not what its contract claims.
         """
         lowered = self._lowered or self._lower()
-        report = examine(*lowered.plan_for_check(self.rule.parameters.bind(args, kwargs)))
+        report = examine(
+            *lowered.plan_for_check(self.rule.parameters.bind(args, kwargs))
+        )
         self._checker.reports.append(report)
         return report
 
@@ -127,7 +129,9 @@ class StatedRule(Generic[P, R]):
             self._state(is_method=True)
 
     @overload
-    def __get__(self, instance: None, owner: type | None = None) -> StatedRule[P, R]: ...
+    def __get__(
+        self, instance: None, owner: type | None = None
+    ) -> StatedRule[P, R]: ...
     @overload
     def __get__(
         self: StatedRule[Concatenate[S, P], R], instance: S, owner: type | None = None
@@ -151,7 +155,9 @@ class StatedRule(Generic[P, R]):
 
     def __repr__(self) -> str:
         rule = self.rule
-        given = [role for role in ("fwd", "bwd", "jvp") if getattr(rule, role) is not None]
+        given = [
+            role for role in ("fwd", "bwd", "jvp") if getattr(rule, role) is not None
+        ]
         return f"<{type(self).__name__} {rule.where}: {', '.join(given) or 'nothing stated'}>"
 
 

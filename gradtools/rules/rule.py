@@ -100,7 +100,8 @@ class Rule:
         traits = {
             "fwd_takes_needs": _takes_needs(self.fwd) and not own,
             "bwd_takes_needs": _takes_needs(self.bwd),
-            "bwd_takes_self": self.is_method and _count_positional(self.bwd) == first + 1,
+            "bwd_takes_self": self.is_method
+            and _count_positional(self.bwd) == first + 1,
             "jvp_takes_self": self.is_method and _count_positional(self.jvp) == 3,
         }
         for name, value in traits.items():
@@ -114,7 +115,11 @@ class Rule:
     def which(self, role: str) -> str:
         """Role of one of the rule's functions and its place, for messages."""
         function = getattr(self, role)
-        return f"{role} ({place(function)})" if function is not None else f"{role} (derived)"
+        return (
+            f"{role} ({place(function)})"
+            if function is not None
+            else f"{role} (derived)"
+        )
 
 
 def place(function: Any) -> str:

@@ -106,7 +106,11 @@ class Parameters:
                 self._refuse(args, kwargs)
             entries.append(given.pop(name) if name in given else self.defaults[name])
         if self.var_keyword is not None:
-            if any(name in given for name in self.positional if name not in self.positional_only):
+            if any(
+                name in given
+                for name in self.positional
+                if name not in self.positional_only
+            ):
                 self._refuse(args, kwargs)
             entries.append(given)
         elif given:
@@ -131,7 +135,9 @@ class Parameters:
             *([self.var_keyword] if self.var_keyword else []),
         ]
 
-    def call(self, function: Callable[..., Any], entries: Sequence[Any], **extra: Any) -> Any:
+    def call(
+        self, function: Callable[..., Any], entries: Sequence[Any], **extra: Any
+    ) -> Any:
         """Call ``function``, whose parameters are these, with the entries of a call."""
         if self.simple:
             return function(*entries, **extra)
@@ -189,7 +195,9 @@ class CallSignature:
         self.count = len(entries)
         self.spec = spec  # None: every entry is a leaf
         self.leaf_counts = (
-            None if spec is None else [len(trees.flatten(entry)[0]) for entry in entries]
+            None
+            if spec is None
+            else [len(trees.flatten(entry)[0]) for entry in entries]
         )
         self.metas = tuple(
             Meta.of(leaf) if is_differentiable(leaf) else None for leaf in leaves
@@ -221,7 +229,9 @@ class CallSignature:
         ]
 
 
-def flatten_entries(entries: tuple[Any, ...]) -> tuple[Sequence[Any], trees.Spec | None]:
+def flatten_entries(
+    entries: tuple[Any, ...],
+) -> tuple[Sequence[Any], trees.Spec | None]:
     """Lay the values of a call flat; the structure is None where they are flat already."""
     for entry in entries:
         if not (type(entry) is torch.Tensor or trees.is_leaf(entry)):

@@ -28,3 +28,23 @@ def agree(case):
         return actual
 
     return agree
+
+
+@pytest.fixture
+def compiled():
+    """Compile a composition of transforms as a whole, without graph breaks."""
+
+    def compiled(composition, backend="aot_eager", **options):
+        def run(f, *args):
+            torch._dynamo.reset()
+            whole = torch.compile(
+                lambda *args: composition(f, *args),
+                fullgraph=True,
+                backend=backend,
+                **options,
+            )
+            return whole(*args)
+
+        return run
+
+    return compiled

@@ -1,0 +1,12 @@
+"""torch.func.hessian, compiled."""
+
+import torch
+
+from tests.transforms.compositions import every, scalar
+
+
+def test_compiled_hessian(agree, compiled):
+    def composition(f, *args):
+        return torch.func.hessian(scalar(f), every(args))(*args)
+
+    agree(compiled(composition), reference=composition)
