@@ -3,12 +3,12 @@
 ::
 
     GradtoolsError
-     ├── DefinitionError          (TypeError)      a rule, or a call of it, cannot mean anything
-     │    └── CapturedTensorError                  a tensor reaches a rule past its arguments
+     ├── DefinitionError          (TypeError)      a rule or a call that means nothing
+     │    └── CapturedTensorError                  a tensor that is no argument
      ├── ForwardContractError     (TypeError)      what fwd, fun or a jvp rule returned
      ├── BackwardContractError    (TypeError)      what bwd returned
-     ├── GradientMismatchError    (GradcheckError) the rule is not the derivative it claims
-     └── TransformError           (RuntimeError)   a transform that this rule cannot serve
+     ├── GradientMismatchError    (GradcheckError) the rule is not the derivative
+     └── TransformError           (RuntimeError)   a transform the rule cannot serve
 
 A message says, in this order: what is wrong, of which rule and function, where in the
 arguments, what was expected and what came, and in one line how to mend it. Every part

@@ -21,6 +21,8 @@ __all__ = [
     "autocast_enabled",
     "autocast_state",
     "clean_autograd",
+    "dual_level",
+    "dual_level_announced",
     "forward_ad_active",
     "forward_ad_enabled",
     "graph_is_kept",
@@ -60,6 +62,23 @@ def forward_ad_active() -> bool:
         transforms_active()
         and any(i.key() == _functorch.TransformType.Jvp for i in _interpreters())
     )
+
+
+def dual_level() -> int:
+    """Return Python's number of the open forward-mode level, -1 for none."""
+    return forward_ad._current_level
+
+
+@contextlib.contextmanager
+def dual_level_announced(is_open: bool) -> Iterator[None]:
+    """Let Python know of a forward-mode level that a compiled graph has opened."""
+    before = forward_ad._current_level
+    if is_open and before < 0:
+        forward_ad._current_level = 0
+    try:
+        yield
+    finally:
+        forward_ad._current_level = before
 
 
 @contextlib.contextmanager
@@ -181,7 +200,7 @@ def clean_autograd() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _without_saved_tensors_hooks() -> Iterator[None]:
-    """Take the caller's hooks away for a while (torch.func refuses to run under any)."""
+    """Take the caller's hooks away for a while (torch.func refuses to run under)."""
     hooks: list[Any] = []
     try:
         while (top := _autograd._top_saved_tensors_default_hooks(True)) is not None:
@@ -194,7 +213,7 @@ def _without_saved_tensors_hooks() -> Iterator[None]:
 
 
 class _Keep(torch.autograd.Function):
-    """Hold one tensor as autograd holds it (stands in for SavedTensor on torch 2.11)."""
+    """Hold one tensor as autograd holds it (stands in for SavedTensor on 2.11)."""
 
     @staticmethod
     def forward(ctx: Any, tensor: torch.Tensor) -> torch.Tensor:

@@ -59,7 +59,7 @@ def _keys(node: Any, count: int) -> list[str]:
 
 
 def paths(tree: Any, root: str = "") -> list[str]:
-    """Return one key path per leaf, such as ``params['w'][0]`` for the root ``params``."""
+    """Return one key path per leaf, such as ``params['w'][0]`` for root ``params``."""
     below = children(tree)
     if below is None:
         return [root]
@@ -90,7 +90,9 @@ class Structure:
 
     __slots__ = ("constants", "count", "spec")
 
-    def __init__(self, spec: Spec | None, count: int, constants: dict[int, Any]):
+    def __init__(
+        self, spec: Spec | None, count: int, constants: dict[int, Any]
+    ) -> None:
         self.spec = spec  # None: the tree is one bare tensor
         self.count = count  # of tensors
         self.constants = constants  # position among the leaves -> object

@@ -6,7 +6,7 @@ import dataclasses
 import threading
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -44,7 +44,7 @@ class Checker:
         self.lock = threading.RLock()
 
     def before_use(self, plan: Plan, leaves: Sequence[Any]) -> None:
-        """Check the rule if its policy asks for it; raise again what was found wrong."""
+        """Check the rule if its policy asks for it; raise again what was found."""
         state = plan.state
         if isinstance(state.checked, GradtoolsError):
             raise state.checked
@@ -102,7 +102,8 @@ def _obstacle(leaves: Sequence[Any]) -> str | None:
     size = 8 * 8 * sum(tensor.numel() for tensor in tensors)
     if size > MOST_BYTES:
         return (
-            f"the check of arguments of this size would take {size / 2**20:.0f} MiB; give "
+            f"the check of arguments of this size would take {size / 2**20:.0f} MiB; "
+            "give "
             "the rule smaller ones with probe="
         )
     return None
@@ -111,7 +112,8 @@ def _obstacle(leaves: Sequence[Any]) -> str | None:
 def describe(plan: Plan) -> str:
     """Describe the arguments of a call in one line."""
     parts = [
-        f"{path.removeprefix('args.')}: {tuple(meta.shape)} {str(meta.dtype).removeprefix('torch.')}"
+        f"{path.removeprefix('args.')}: {tuple(meta.shape)} "
+        + str(meta.dtype).removeprefix("torch.")
         for path, meta in zip(plan.signature.paths(), plan.signature.metas, strict=True)
         if meta is not None
     ]
@@ -224,11 +226,12 @@ class _Examination:
             rule=self.rule.where,
             function=self.rule.which("fwd"),
             violations=[Violation(f"output {place}", expected, got)],
-            fix="Make fwd compute the function itself, and return its residuals beside it.",
+            fix="Make fwd compute the function itself, and return its residuals beside "
+            "it.",
         )
 
     def derivative(self, probe: Probe, *, in_double: bool) -> list[Evidence]:
-        """Compare bwd with differences: all arguments at once, then to find the culprit."""
+        """Compare bwd with differences: together, then one by one for the culprit."""
         places = probe.places
         budget = self.tolerance(in_double=in_double)
         if isinstance(self.rule.contract, Approximate):
@@ -332,7 +335,8 @@ class _Examination:
                     f"(allowed: {budget:.0e})",
                 )
             ],
-            fix="Correct bwd; if it is meant to differ, declare contract=Surrogate(...) "
+            fix="Correct bwd; if it is meant to differ, declare "
+            "contract=Surrogate(...) "
             "or Approximate(...).",
         )
 

@@ -1,7 +1,7 @@
 """Directional derivatives: bwd against central differences.
 
-With a random cotangent u and a random direction v, the derivative of <u, fun(x)> along v
-is <bwd(u), v> if bwd is right. The difference is taken with two step sizes and
+With a random cotangent u and a random direction v, the derivative of <u, fun(x)> along
+v is <bwd(u), v> if bwd is right. The difference is taken with two step sizes and
 extrapolated, so that its own error is known and the tolerance follows from it.
 """
 

@@ -38,7 +38,7 @@ def _valid(name: str, source: str) -> Any:
     return name
 
 
-class gradcheck_policy(contextlib.ContextDecorator):  # noqa: N801 (reads as a function)
+class gradcheck_policy(contextlib.ContextDecorator):  # noqa: N801
     """Choose when rules are checked, as a context manager or a decorator.
 
     Args:

@@ -1,7 +1,7 @@
 """The inputs on which a rule is checked.
 
-The user's own arguments, in float64, moved off the exact kinks (a zero under relu, a tie
-under max) where the function allows it.
+The user's own arguments, in float64, moved off the exact kinks (a zero under relu, a
+tie under max) where the function allows it.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def in_double(probe: Probe) -> Probe:
 
 
 def moved_off_kinks(probe: Probe, generator: torch.Generator) -> Probe:
-    """Return the probe with every differentiable number moved by up to 0.1 per mille."""
+    """Return the probe with every differentiable number moved by some 0.1 permille."""
     leaves = list(probe.leaves)
     for place in probe.places:
         leaf = leaves[place]

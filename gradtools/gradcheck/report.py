@@ -60,7 +60,7 @@ class Report:
             f"{self.evaluations} evaluations",
             f"  {self.signature}",
             *(
-                f"  {item.outcome:<11}  {item.question:<{width}}  {item.detail}".rstrip()
+                f"  {item.outcome:<11}  {item.question:<{width}}  {item.detail}"
                 for item in self.evidence
             ),
         ]

@@ -169,7 +169,8 @@ class Batched:
             )
             if not same:
                 raise TransformError(
-                    f"{self.rule.name}: outputs or residuals that are no tensors differ "
+                    f"{self.rule.name}: outputs or residuals that are no tensors "
+                    "differ "
                     "between the elements of a batch",
                     rule=self.rule.where,
                     function=self.rule.which("fwd"),
@@ -197,7 +198,8 @@ class Looped(Batched):
         """Run the function on each element and stack what it returns."""
         if self.size == 0:
             raise TransformError(
-                f"{self.rule.name}: vmap over an empty batch needs one call to learn the "
+                f"{self.rule.name}: vmap over an empty batch needs one call to learn "
+                "the "
                 'shapes, and vmap="sequential" has no element to call with',
                 rule=self.rule.where,
                 fix="Leave out empty batches, or use another vmap mode.",
@@ -211,7 +213,7 @@ class Looped(Batched):
 
 
 class Expanded(Batched):
-    """``"expand_dims"`` and ``"broadcast_all"``: fwd and bwd take leading dimensions."""
+    """``"expand_dims"``, ``"broadcast_all"``: fwd and bwd take leading dimensions."""
 
     def map(
         self, function: Flat, args: Sequence[Any], dims: Dims, leading: Sizes
@@ -235,7 +237,7 @@ class Expanded(Batched):
     def to_front(
         self, tensor: torch.Tensor, dim: int | None, place: int
     ) -> torch.Tensor:
-        """Bring the batch dimension to ``place``; one of size 1 or the batch's if none."""
+        """Bring the batch dimension to ``place``; make one where there is none."""
         if dim is not None:
             return tensor.movedim(dim + place, place)
         tensor = tensor.unsqueeze(place)
@@ -252,7 +254,8 @@ class Expanded(Batched):
                 f"a dimension of size {self.size} (the batch) or 1 at position {place}"
             )
             raise ForwardContractError(
-                f"{self.rule.name}: under vmap={self.rule.vmap!r} every tensor that fwd "
+                f"{self.rule.name}: under vmap={self.rule.vmap!r} every tensor that "
+                "fwd "
                 "returns carries the batch dimension in front",
                 rule=self.rule.where,
                 function=self.rule.which("fwd"),
@@ -302,7 +305,8 @@ class Stated(Batched):
                 rule=self.rule.where,
                 function=self.rule.which("vmap_rule"),
                 violations=[Violation("return[1]", describe(out), describe(dims))],
-                fix="Return out_dims with the structure of the output, or a prefix of it.",
+                fix="Return out_dims with the structure of the output, or a prefix of "
+                "it.",
             )
         pairs = zip(below, dims_below, strict=True)
         return [dim for (_, o), (_, d) in pairs for dim in self.spread(o, d)]
@@ -349,7 +353,8 @@ def _placed(
     if value is None or (dim is None and wanted is None):
         return value
     if wanted is None:
-        assert dim is not None and reduce
+        assert dim is not None
+        assert reduce
         return value.sum(dim + place)
     if dim is None:
         value = value.unsqueeze(wanted + place)

@@ -5,26 +5,27 @@ goes through AOT autograd, it follows :class:`Traced` into fwd and bwd, guards o
 that they read, and drops nothing. Where a torch.func transform or a forward-mode level
 is active it would drop bwd without a sign; and a backend that runs Dynamo's graph as it
 is would differentiate bwd without the residuals. There the rule crosses as one opaque
-call (``nonstrict_trace``), and everything happens as in eager mode when AOT autograd, or
-the backend, runs that call.
+call (``nonstrict_trace``), and everything happens as in eager mode when AOT autograd,
+or the backend, runs that call.
 
 What crosses is tensors and constants. Python numbers that fwd and bwd read from
 closures, globals and objects would be baked in, so the traced code reads them too and
 Dynamo guards on them: :func:`_numbers_of`.
 
 Nothing here imports ``torch._dynamo`` (that takes seconds): functions that Dynamo must
-treat specially are marked by attribute, and the crossing is made by the first trace that
-needs it.
+treat specially are marked by attribute, and the crossing is made by the first trace
+that needs it.
 """
 
 from __future__ import annotations
 
 import gc
 import itertools
+import types
 import warnings
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any, ParamSpec, Protocol, TypeVar
 
 import torch
 from torch.autograd import Function
@@ -37,9 +38,26 @@ from gradtools.rules.rule import Rule
 from gradtools.rules.signature import CallSignature, flatten_entries
 from gradtools.trees import Structure
 
-__all__ = ["Crossable", "call", "is_tracing", "register"]
+__all__ = ["Crossable", "call", "is_tracing", "register", "unseen"]
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 is_tracing: Callable[[], bool] = torch.compiler.is_dynamo_compiling
+
+
+def unseen(function: Callable[P, R]) -> Callable[P, R]:
+    """Keep Dynamo from compiling a function, and all that it calls, frame by frame.
+
+    After a graph break Dynamo goes on with whatever Python frame comes next: with the
+    rooms of gradtools, and with the user's functions in the midst of a check.
+    """
+    _frames.set_code_exec_strategy(function.__code__, _SKIP)  # type: ignore[attr-defined]
+    return function
+
+
+_frames: Any = torch._C._dynamo.eval_frame
+_SKIP = _frames._FrameExecStrategy(_frames._FrameAction.SKIP, _frames._FrameAction.SKIP)
 
 
 class Crossable(Protocol):
@@ -84,8 +102,13 @@ def call(target: Crossable, args: tuple[Any, ...], kwargs: dict[str, Any]) -> An
         if _needs_gradient(leaves):
             _warn_of_export(rule.name)
         return rule.parameters.call(rule.fun, entries)
-    if rule.bwd is None or _must_cross():
-        return _cross(target, entries, leaves)
+    # Dynamo guards on the level that it reads itself, and compiles anew under another.
+    moving = _is_moving() or torch_compat.dual_level() >= 0
+    if moving and _level_is_outside():
+        _prepare(target.key)
+        return _outside(target, entries)
+    if rule.bwd is None or moving or _must_cross():
+        return _cross(target, entries, leaves, moving)
     if not _needs_gradient(leaves):
         return rule.parameters.call(rule.fun, entries)
     needs = tuple(isinstance(x, torch.Tensor) and x.requires_grad for x in leaves)
@@ -131,11 +154,21 @@ _STATE = State(watched={"fwd", "bwd"})
 @at_trace_time
 def _must_cross() -> bool:
     """Whether Dynamo's own treatment of a Function would be wrong."""
-    return (
-        torch_compat.transforms_active()
-        or torch_compat.forward_ad_active()
-        or not _goes_through_aot()
+    return torch_compat.transforms_active() or not _goes_through_aot()
+
+
+@at_trace_time
+def _level_is_outside() -> bool:
+    """Whether AOT autograd would compile without the tangents that will come in."""
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+
+    graphs = [
+        tracer.graph for tracer in InstructionTranslator.current_tx().output.tracers
+    ]
+    opened = (
+        "_enter_dual_level" in str(node.target) for g in graphs for node in g.nodes
     )
+    return _goes_through_aot() and not any(opened)
 
 
 def _goes_through_aot() -> bool:
@@ -177,15 +210,19 @@ def _warn_of_export(name: str) -> None:
 # The crossing.
 
 
-def _cross(target: Crossable, entries: Sequence[Any], leaves: Sequence[Any]) -> Any:
+def _cross(
+    target: Crossable, entries: Sequence[Any], leaves: Sequence[Any], moving: bool
+) -> Any:
     """Call a rule through a call that Dynamo does not look into."""
     {target.key}  # noqa: B018 (a constant from here on, see below)
     _prepare(target.key)
     skeleton: Any = tuple(range(len(leaves)))
-    if len(entries) != len(leaves) or any(a is not b for a, b in zip(entries, leaves)):
+    if len(entries) != len(leaves) or any(
+        a is not b for a, b in zip(entries, leaves, strict=True)
+    ):
         skeleton = trees.unflatten(range(len(leaves)), trees.flatten(tuple(entries))[1])
     holes = [
-        (index, 0 if leaf is None else id(leaf))
+        (index, _identity(leaf))
         for index, leaf in enumerate(leaves)
         if not isinstance(leaf, _PLAIN)
     ]
@@ -200,22 +237,29 @@ def _cross(target: Crossable, entries: Sequence[Any], leaves: Sequence[Any]) -> 
         # As the key of a set a number must be a constant; as an argument Dynamo may
         # make a symbol of it, and guard on nothing.
         {number}  # noqa: B018
-    return _crossing(target.key, skeleton, given, holes)
+    moved = True if moving else False  # noqa: SIM210 (a constant to Dynamo)
+    return _crossing(target.key, skeleton, given, holes, moved)
 
 
 _PLAIN = (torch.Tensor, bool, int, float, complex, str, torch.dtype, torch.device)
 
 _crossing: Any = None
+_outside: Any = None
 
 
 @at_trace_time
 def _prepare(key: str) -> None:
     """Make the crossing, and list anew what the rule's functions read."""
-    global _crossing
+    global _crossing, _outside
     import torch._dynamo
 
     if _crossing is None:
         _crossing = torch._dynamo.nonstrict_trace(_other_side)
+        _outside = torch._dynamo.disable(
+            _run_entries,
+            reason="gradtools: forward mode around a compiled region loses the rule; "
+            "open the level (or call jvp) inside the compiled function",
+        )
     target = _registry[key]
     functions = {
         role: getattr(target.rule, role) for role in ("fun", "fwd", "bwd", "jvp")
@@ -230,13 +274,40 @@ def _prepare(key: str) -> None:
     )
 
 
-def _other_side(key: str, skeleton: Any, leaves: list[Any], holes: list[Any]) -> Any:
+def _identity(leaf: Any) -> int:
+    if leaf is None:
+        return 0
+    if isinstance(leaf, types.BuiltinFunctionType):
+        return 0 + _constant_id(leaf)
+    return id(leaf)
+
+
+@at_trace_time
+def _constant_id(leaf: Any) -> int:
+    """Return the identity of a function that torch 2.11 will not give us."""
+    return id(leaf)
+
+
+@at_trace_time
+def _is_moving() -> bool:
+    """Whether forward mode is active where the rule is called."""
+    return torch_compat.forward_ad_active()
+
+
+def _other_side(
+    key: str, skeleton: Any, leaves: list[Any], holes: list[Any], moving: bool
+) -> Any:
     """Call the rule as in eager mode."""
     leaves = list(leaves)
     for index, identity in holes:
         leaves[index] = _object(identity)
     spec = trees.flatten(skeleton)[1]
-    return _registry[key].run_entries(trees.unflatten(leaves, spec))
+    with torch_compat.dual_level_announced(moving):
+        return _registry[key].run_entries(trees.unflatten(leaves, spec))
+
+
+def _run_entries(target: Crossable, entries: Sequence[Any]) -> Any:
+    return target.run_entries(entries)
 
 
 def _object(identity: int) -> Any:
@@ -247,7 +318,7 @@ def _object(identity: int) -> Any:
 
 
 def _numbers_of(value: Any, names: Sequence[str], depth: int, found: list[Any]) -> None:
-    """Collect the numbers and texts that code using ``names`` can reach from a value."""
+    """Collect the numbers and texts that code using ``names`` reaches from a value."""
     if isinstance(value, (bool, int, float, complex, str)):
         found.append(value)
     elif isinstance(value, torch.Tensor) or depth == 0:

@@ -69,23 +69,27 @@ class Watch(TorchFunctionMode):
         return result
 
     def remember(self, tensor: torch.Tensor) -> None:
+        """Take a tensor for known: an argument, or made from arguments."""
         key = id(tensor)
         self.known[key] = weakref.ref(tensor, lambda _: self.known.pop(key, None))
 
     def is_known(self, tensor: torch.Tensor) -> bool:
+        """Whether a tensor is an argument, was made inside, or views an argument."""
         reference = self.known.get(id(tensor))
         if reference is not None and reference() is tensor:
             return True
         return torch_compat.is_view_of(tensor, self.arguments)
 
     def error(self, tensor: torch.Tensor) -> CapturedTensorError:
+        """Return the error that names a captured tensor."""
         return captured(
             self.rule, self.role, name_of(tensor, getattr(self.rule, self.role))
         )
 
 
-# What may be asked of a captured tensor: its metadata (a property that gives no tensor is
-# metadata too), something else of its shape, and its value where that is asked outright.
+# What may be asked of a captured tensor: its metadata (a property that gives no tensor
+# is metadata too), something else of its shape, and its value where that is asked
+# outright.
 _WITHOUT_GRADIENT = frozenset(
     {
         "detach", "dim", "element_size", "empty_like", "full_like", "get_device",
@@ -127,8 +131,9 @@ def _tensors_in(value: Any) -> Iterator[torch.Tensor]:
             yield from _tensors_in(item)
 
 
-# Free variables. A path leads from a function to one of them, by steps that torch.compile
-# can follow as well: ("cell", 0), ("global", "K"), ("attribute", "__self__"), ("item", 1).
+# Free variables. A path leads from a function to one of them, by steps that
+# torch.compile can follow as well: ("cell", 0), ("global", "K"), ("attribute",
+# "__self__"), ("item", 1).
 
 Path = tuple[tuple[str, Any], ...]
 
@@ -334,7 +339,7 @@ def may_hide_parameters(leaf: Any) -> bool:
 def refuse_hidden_parameters(
     rule: Rule, paths: list[str], leaves: Iterable[Any]
 ) -> None:
-    """Raise for a module or callable argument that holds tensors which need a gradient."""
+    """Raise for a module or callable argument with parameters that need a gradient."""
     violations = []
     for index, leaf in enumerate(leaves):
         if not may_hide_parameters(leaf) or (index == 0 and rule.is_method):
@@ -343,16 +348,19 @@ def refuse_hidden_parameters(
             path for path, tensor in hidden_tensors(leaf) if needs_gradient(tensor)
         ]
         if hidden:
-            got = f"a {type(leaf).__name__} whose {hidden[0].lstrip('.')} needs a gradient"
+            kind, path = type(leaf).__name__, hidden[0].lstrip(".")
+            got = f"a {kind} whose {path} needs a gradient"
             violations.append(
                 Violation(paths[index], "a value without parameters", got)
             )
     if violations:
         raise CapturedTensorError(
-            f"{rule.name}: an argument holds parameters that need a gradient, and would "
+            f"{rule.name}: an argument holds parameters that need a gradient, and "
+            "would "
             "get none",
             rule=rule.where,
             violations=violations,
-            fix="Pass the parameters as arguments of their own: call the module through "
+            fix="Pass the parameters as arguments of their own: call the module "
+            "through "
             "torch.func.functional_call, or convert it with gradtools.closure_convert.",
         )

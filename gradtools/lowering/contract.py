@@ -63,8 +63,8 @@ def cotangents(
         signature: The call that bwd belongs to.
         returned: Whatever bwd returned.
         cast: Whether a cotangent takes its argument's dtype (under autocast only).
-        leading: Sizes of batch dimensions in front of every cotangent, each of which may
-            be 1 instead.
+        leading: Sizes of batch dimensions in front of every cotangent, each of which
+            may be 1 instead.
     """
     if signature.spec is None and type(returned) is tuple and not cast and not leading:
         metas = signature.metas
@@ -169,7 +169,7 @@ class _Matching:
                 Violation(
                     "return",
                     f"a dict by parameter name: {', '.join(at)}",
-                    f"unknown name{'s' * (len(unknown) > 1)} {', '.join(map(repr, unknown))}",
+                    f"unknown names {', '.join(map(repr, unknown))}",
                 )
             )
             self.fix = (
@@ -275,7 +275,8 @@ def output_tangents(
             rule=rule.where,
             function=rule.which("jvp"),
             violations=[Violation("return", "a tuple of 2", describe(returned))],
-            fix="Return (output, output_tangent), both with the structure of the output.",
+            fix="Return (output, output_tangent), both with the structure of the "
+            "output.",
         )
     primals, structure = trees.Structure.split(returned[0])
     places = structure.paths("return[0]")
@@ -302,14 +303,15 @@ def output_tangents(
             rule=rule.where,
             function=rule.which("jvp"),
             violations=violations,
-            fix="Return an output and a tangent with the structure, shapes and dtypes of "
+            fix="Return an output and a tangent with the structure, shapes and dtypes "
+            "of "
             "the function's output; None for a tangent of zero.",
         )
     return tangents or []
 
 
 def _tangents_of(out: Any, tangent: Any) -> list[Any] | None:
-    """Return the tangent of each tensor in ``out``; None for a tree of another shape."""
+    """Return the tangent of each tensor in ``out``; None if the structure differs."""
     below = trees.children(out)
     if tangent is None or below is None:
         return [

@@ -21,7 +21,7 @@ import torch
 
 from gradtools import torch_compat, trees
 from gradtools.errors import DefinitionError, Violation
-from gradtools.lowering import captures, functions
+from gradtools.lowering import boundary, captures, functions
 from gradtools.lowering.flat import Plan, State
 from gradtools.rules.rule import Rule
 from gradtools.rules.signature import (
@@ -67,6 +67,7 @@ class Lowered:
             if not isinstance(captures.follow(function, path), _NEVER_TENSORS)
         ]
 
+    @boundary.unseen
     def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call the rule."""
         if not (
@@ -78,6 +79,7 @@ class Lowered:
             return self.rule.fun(*args, **kwargs)
         return self.run_entries(self.rule.parameters.bind(args, kwargs))
 
+    @boundary.unseen
     def run_entries(self, entries: tuple[Any, ...]) -> Any:
         """Call the rule with bound arguments."""
         moving = torch_compat.forward_ad_active()
@@ -147,7 +149,7 @@ class Lowered:
             raise captures.captured(self.rule, "fun", where)
 
     def plan_for_check(self, entries: tuple[Any, ...]) -> tuple[Plan, Sequence[Any]]:
-        """Return a plan in which every differentiable argument counts, and its leaves."""
+        """Return a plan in which every differentiable argument counts; its leaves."""
         leaves, spec = flatten_entries(entries)
         needs = tuple(map(is_differentiable, leaves))
         return self.make_plan(leaves, spec, entries, needs, False, (), "always"), leaves
@@ -169,7 +171,9 @@ class Lowered:
         except TypeError:  # sizes that are symbols have no hash
             key = plan = None
         if plan is None:
-            plan = self.make_plan(leaves, spec, entries, needs, moving, autocast, policy)
+            plan = self.make_plan(
+                leaves, spec, entries, needs, moving, autocast, policy
+            )
             if key is not None:
                 if len(self.plans) >= _MOST_PLANS:
                     self.plans.clear()
@@ -189,6 +193,7 @@ class Lowered:
         autocast: Any,
         policy: str,
     ) -> Plan:
+        """Prepare a call signature, or raise where the call can mean nothing."""
         rule = self.rule
         self.refuse_undefined()
         signature = CallSignature(rule.parameters, entries, leaves, spec, needs)
@@ -217,11 +222,12 @@ class Lowered:
             raise DefinitionError(
                 f"{self.rule.name}: a gradient is wanted, and the rule has no backward",
                 rule=self.rule.where,
-                fix=f"State it: @{self.rule.name}.def_bwd, or {self.rule.name}.defvjp(fwd, bwd).",
+                fix=f"State it: @{self.rule.name}.def_bwd, "
+                f"or {self.rule.name}.defvjp(fwd, bwd).",
             )
 
     def refuse_nondiff(self, signature: CallSignature, entries: Sequence[Any]) -> None:
-        """Raise for a tensor that needs a gradient where the rule says there is none."""
+        """Raise for a tensor that needs a gradient in a place declared nondiff."""
         violations = [
             Violation(
                 f"args.{signature.names[index]}",
@@ -234,14 +240,16 @@ class Lowered:
         ]
         if violations:
             raise DefinitionError(
-                f"{self.rule.name}: a nondiff argument needs a gradient, and would get none",
+                f"{self.rule.name}: a nondiff argument needs a gradient, and would get "
+                "none",
                 rule=self.rule.where,
                 violations=violations,
-                fix="Take the argument out of nondiff_argnums/nondiff_argnames, or detach it.",
+                fix="Take the argument out of nondiff_argnums/nondiff_argnames, or "
+                "detach it.",
             )
 
     def look_again(self, plan: Plan) -> None:
-        """Look for captured tensors again where a free variable holds one that counts."""
+        """Look for captured tensors again where a free variable holds one."""
         for function, path in self.free:
             value = captures.follow(function, path)
             if isinstance(value, torch.Tensor) and captures.needs_gradient(value):
@@ -258,7 +266,8 @@ def wanted(leaves: Sequence[Any], transformed: bool, moving: bool) -> tuple[bool
             isinstance(leaf, torch.Tensor) and leaf.requires_grad for leaf in leaves
         )
     return tuple(
-        is_differentiable(leaf) and (moving or torch_compat.requires_grad_at_any_level(leaf))
+        is_differentiable(leaf)
+        and (moving or torch_compat.requires_grad_at_any_level(leaf))
         for leaf in leaves
     )
 
@@ -278,7 +287,7 @@ def _exactly(leaf: Any) -> Hashable:
 
 
 def _roughly(leaf: Any) -> Hashable:
-    """Key for what is known of a rule: an annealed float or a fresh lambda is no news."""
+    """Key for what is known of a rule: an annealed float, a new lambda are no news."""
     if isinstance(leaf, torch.Tensor):
         ones_and_zeros = tuple(size if size < 2 else -1 for size in leaf.shape)
         return leaf.dtype, leaf.device, ones_and_zeros

@@ -144,7 +144,7 @@ class Plan:
     def forward(
         self, leaves: Sequence[Any], *, leading: tuple[int, ...] = ()
     ) -> tuple[Tensors, Tensors, Layout]:
-        """Run fwd; return the output tensors, the new residual tensors and the layout."""
+        """Run fwd; return the outputs, the new residuals and the layout."""
         state = self.state
         entries = self.signature.entries(leaves)
         rng = random_state(leaves) if state.draws and not _traced(leaves) else None

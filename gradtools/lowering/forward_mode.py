@@ -60,7 +60,7 @@ def transposed_jvp(
     cotangents: Optional,
     needs: Sequence[bool],
 ) -> list[torch.Tensor | None]:
-    """Return one cotangent per leaf, from a jvp rule; the residuals are the arguments."""
+    """Return one cotangent per leaf from a jvp rule; its residuals are the leaves."""
     leaves = trees.flatten(layout.rebuild(kept))[0]
     given = [cotangent for cotangent in cotangents if cotangent is not None]
 
@@ -128,7 +128,7 @@ def pulled_back(
 
 
 def _alias(primal: torch.Tensor) -> torch.Tensor:
-    """Return a tensor to differentiate by, behind which the graph goes on if there is one.
+    """Return a tensor to differentiate by; behind it the graph, if any, goes on.
 
     Asked of the alias, not of the primal: a tensor whose transform has ended still says
     that it requires a gradient, and what is computed from it does not.

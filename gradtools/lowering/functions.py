@@ -1,4 +1,4 @@
-"""Plans become ``torch.autograd.Function`` classes; they are built here and nowhere else.
+"""Plans become ``torch.autograd.Function`` classes, which are built here alone.
 
 :class:`Direct` has the combined ``forward(ctx, ...)`` and serves plain reverse mode: it
 is what an expert writes by hand, and costs what that costs. :class:`Composable` has a
@@ -16,7 +16,13 @@ import torch
 from torch.autograd import Function
 
 from gradtools import torch_compat
-from gradtools.lowering import batching, forward_mode, higher_order, preconditions
+from gradtools.lowering import (
+    batching,
+    boundary,
+    forward_mode,
+    higher_order,
+    preconditions,
+)
 from gradtools.lowering.apart import BackwardPlan
 from gradtools.lowering.flat import Lowerable, Optional, Plan, Tensors
 from gradtools.lowering.residuals import Layout
@@ -47,6 +53,7 @@ class Direct(Function):
         return outs[0] if layout.outputs.spec is None else (*outs, layout)
 
     @staticmethod
+    @boundary.unseen
     def backward(ctx: Any, *cotangents: Any) -> Any:
         plan, layout, kept = ctx.plan, ctx.layout, ctx.saved_tensors
         given = layout.only_floating(cotangents)
@@ -99,6 +106,7 @@ class Composable(Function):
             ctx.save_for_forward(*tensors, *outs, *new)
 
     @staticmethod
+    @boundary.unseen
     def backward(ctx: Any, *cotangents: Any) -> Any:
         plan, layout, kept = ctx.plan, ctx.layout, ctx.saved_tensors
         needs = ctx.needs_input_grad[1:]
@@ -124,6 +132,7 @@ class Composable(Function):
         return None, *values
 
     @staticmethod
+    @boundary.unseen
     def jvp(ctx: Any, _: Any, *tangents: Any) -> Any:
         plan, layout = ctx.plan, ctx.layout
         with torch_compat.forward_ad_enabled():
@@ -146,6 +155,7 @@ class Composable(Function):
             return *_zeros(moved, outs), *_zeros(more, new), None
 
     @staticmethod
+    @boundary.unseen
     def vmap(info: Any, in_dims: Any, plan: Lowerable, *leaves: Any) -> Any:
         batched = batching.batch(plan, in_dims[1:], info)
         *tensors, layout = Composable.apply(batched, *leaves)

@@ -98,7 +98,8 @@ def _agree(before: torch.Tensor, after: torch.Tensor) -> bool:
 def irreproducible(plan: Lowerable) -> TransformError:
     """Return the error for a fwd that gives other residuals when it runs again."""
     return TransformError(
-        f"{plan.rule.name}: fwd gave other residuals when it was run again for a second "
+        f"{plan.rule.name}: fwd gave other residuals when it was run again for a "
+        "second "
         "derivative",
         rule=plan.rule.where,
         function=plan.rule.which("fwd"),

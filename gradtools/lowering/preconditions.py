@@ -44,8 +44,8 @@ def refuse_nonzero(error: TransformError, values: Optional) -> None:
     for value in values:
         if value is None:
             continue
-        value = torch_compat.plain(value)
-        if torch_compat.is_fake(value) or value.is_meta or bool((value != 0).any()):
+        bare = torch_compat.plain(value)
+        if torch_compat.is_fake(bare) or bare.is_meta or bool((bare != 0).any()):
             raise error
 
 
@@ -242,7 +242,8 @@ def _nonlinear_bwd(
     if wrong is None:
         return None
     return TransformError(
-        f"{plan.rule.name}: forward mode cannot be derived from bwd, which is not linear "
+        f"{plan.rule.name}: forward mode cannot be derived from bwd, which is not "
+        "linear "
         "in its cotangent",
         rule=plan.rule.where,
         function=plan.rule.which("bwd"),
@@ -305,11 +306,10 @@ def _scales(like: Sequence[Any]) -> tuple[float, ...]:
 def _agree(first: Tensors, second: Tensors) -> bool:
     for a, b in zip(first, second, strict=True):
         finite = torch.isfinite(a) & torch.isfinite(b)
-        a, b = a[finite], b[finite]
-        if a.numel() and bool(
-            (a - b).abs().max() > torch.finfo(a.dtype).eps ** 0.5 * b.abs().max()
-        ):
-            return False
+        if bool(finite.any()):
+            gap, size = (a - b)[finite].abs().max(), b[finite].abs().max()
+            if bool(gap > torch.finfo(a.dtype).eps ** 0.5 * size):
+                return False
     return True
 
 
@@ -358,8 +358,8 @@ def _fractions(tensor: torch.Tensor, offset: float = 0.0) -> torch.Tensor:
 def _equal(first: torch.Tensor | None, second: torch.Tensor) -> bool:
     if first is None or first.shape != second.shape:
         return False
-    first, second = _dense(first), _dense(second)
-    return bool(((first == second) | ((first != first) & (second != second))).all())
+    first, second = _dense(first.detach()), _dense(second.detach())
+    return torch.equal(torch.nan_to_num(first), torch.nan_to_num(second))
 
 
 def _reaches(value: torch.Tensor, tensor: torch.Tensor) -> bool:

@@ -78,7 +78,7 @@ class Layout:
         ]
 
     def with_none(self, values: Sequence[Any]) -> Sequence[Any]:
-        """Return values of the differentiable outputs with None for the other outputs."""
+        """Return the values of differentiable outputs, None for the others."""
         if self.floating is None:
             return values
         rest = iter(values)

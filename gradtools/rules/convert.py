@@ -33,8 +33,8 @@ def closure_convert(
 
     Returns:
         A pair ``(converted, captured)`` with ``converted(*args, *captured)`` equal to
-        ``fn(*args)``. ``captured`` are the tensors that require a gradient, or belong to
-        an active transform, and are no arguments, in the order of their first use.
+        ``fn(*args)``. ``captured`` are the tensors that require a gradient, or belong
+        to an active transform, and are no arguments, in the order of their first use.
 
     Raises:
         DefinitionError: A captured tensor is used where it cannot be exchanged, such as

@@ -72,8 +72,8 @@ def custom_jvp(
 
     Args:
         fun: The function.
-        nondiff_argnums: Positions of arguments that the rule gets in front of primals and
-            tangents, as in JAX.
+        nondiff_argnums: Positions of arguments that the rule gets in front of primals
+            and tangents, as in JAX.
         nondiff_argnames: The same, by name.
         contract: What the rule claims to be, see :func:`custom_vjp`.
         probe: Returns the arguments to check the rule on.

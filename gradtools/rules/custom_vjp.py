@@ -57,7 +57,7 @@ class StatedRule(Generic[P, R]):
         return self._lowered
 
     def _state(self, **parts: Any) -> None:
-        """Replace parts of the rule; what was derived from the old ones is forgotten."""
+        """Replace parts of the rule; forget what was derived from the old ones."""
         for role, function in parts.items():
             if role != "is_method" and not callable(function):
                 raise DefinitionError(
@@ -158,31 +158,32 @@ class StatedRule(Generic[P, R]):
         given = [
             role for role in ("fwd", "bwd", "jvp") if getattr(rule, role) is not None
         ]
-        return f"<{type(self).__name__} {rule.where}: {', '.join(given) or 'nothing stated'}>"
+        stated = ", ".join(given) or "nothing stated"
+        return f"<{type(self).__name__} {rule.where}: {stated}>"
 
 
 class BoundRule(Generic[P, R]):
     """A rule looked up on an instance, as a bound method is a function."""
 
     def __init__(self, rule: StatedRule[..., R], instance: Any) -> None:
-        self.__func__ = rule
-        self.__self__ = instance
+        self.rule = rule
+        self.instance = instance
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         """Call the method."""
-        return self.__func__(self.__self__, *args, **kwargs)
+        return self.rule(self.instance, *args, **kwargs)
 
     def gradcheck(self, *args: P.args, **kwargs: P.kwargs) -> Report:
         """Check the rule on these arguments now; see :meth:`StatedRule.gradcheck`."""
-        return self.__func__.gradcheck(self.__self__, *args, **kwargs)
+        return self.rule.gradcheck(self.instance, *args, **kwargs)
 
     @property
     def reports(self) -> tuple[Report, ...]:
         """What has been checked so far."""
-        return self.__func__.reports
+        return self.rule.reports
 
     def __repr__(self) -> str:
-        return f"<bound {self.__func__!r} of {self.__self__!r}>"
+        return f"<bound {self.rule!r} of {self.instance!r}>"
 
 
 class CustomVJP(StatedRule[P, R]):
@@ -193,8 +194,8 @@ class CustomVJP(StatedRule[P, R]):
 
         Args:
             fwd: Takes the function's arguments and, if it asks for it, the keyword-only
-                ``needs``, a tuple like the arguments with a bool per leaf. Residuals may
-                be any pytree of any objects.
+                ``needs``, a tuple like the arguments with a bool per leaf. Residuals
+                may be any pytree of any objects.
 
         Returns:
             The function that was given.
@@ -207,10 +208,11 @@ class CustomVJP(StatedRule[P, R]):
 
         Args:
             bwd: Gets what fwd returned as residuals (``((arg, ...), output)`` without a
-                fwd) and a cotangent with the structure of the output, None for integers.
-                It returns a tuple with one entry per parameter, a dict by parameter name,
-                or one bare tensor where only one argument is differentiable; ``None``
-                anywhere means zero. It may ask for the keyword-only ``needs``.
+                fwd) and a cotangent with the structure of the output, None for
+                integers. It returns a tuple with one entry per parameter, a dict by
+                parameter name, or one bare tensor where only one argument is
+                differentiable; ``None`` anywhere means zero. It may ask for the
+                keyword-only ``needs``.
 
         Returns:
             The function that was given.
@@ -271,31 +273,34 @@ def custom_vjp(
     """Give a function a derivative of its own.
 
     The function is stated as usual, its forward and backward as two pure functions with
-    :meth:`~CustomVJP.def_fwd` and :meth:`~CustomVJP.def_bwd`. From then on it works under
-    ``backward``, every ``torch.func`` transform in any nesting, forward mode, derivatives
-    of any order and ``torch.compile``. On its first call with a signature it is checked
-    against the function, see :class:`gradcheck_policy`.
+    :meth:`~CustomVJP.def_fwd` and :meth:`~CustomVJP.def_bwd`. From then on it works
+    under ``backward``, every ``torch.func`` transform in any nesting, forward mode,
+    derivatives of any order and ``torch.compile``. On its first call with a signature
+    it is checked against the function, see :class:`gradcheck_policy`.
 
-    For complex tensors cotangents follow torch's convention: the gradient of a real loss
-    L is the conjugate derivative, so that a step along its negative descends; bwd of a
-    holomorphic f returns ``cotangent * f'(z).conj()``.
+    For complex tensors cotangents follow torch's convention: the gradient of a real
+    loss L is the conjugate derivative, so that a step along its negative descends; bwd
+    of a holomorphic f returns ``cotangent * f'(z).conj()``.
 
     Args:
-        fun: The function; its parameters may be pytrees of tensors and any other objects.
-            Floating and complex tensors are differentiable, everything else takes part
-            without a gradient.
+        fun: The function; its parameters may be pytrees of tensors and any other
+            objects. Floating and complex tensors are differentiable, everything else
+            takes part without a gradient.
         nondiff_argnums: Positions of arguments that bwd gets in front of the residuals
             and returns nothing for, as in JAX. Nothing needs this to be an integer.
         nondiff_argnames: The same, by name.
         contract: What the rule claims to be: :class:`Exact`, :class:`Surrogate` or
             :class:`Approximate`.
         vmap: How fwd and bwd are vectorized: ``"auto"`` by torch; ``"sequential"`` one
-            element at a time; ``"expand_dims"`` with a leading batch dimension, of size 1
-            where an argument is not batched; ``"broadcast_all"`` with a leading batch
+            element at a time; ``"expand_dims"`` with a leading batch dimension, of size
+            1 where an argument is not batched; ``"broadcast_all"`` with a leading batch
             dimension everywhere.
-        once_differentiable: Second derivatives are an error, and nothing is kept for them.
-        materialize_grads: Give bwd zeros for the cotangent of an unused output; else None.
-        autocast: Under autocast, cast floating arguments to this dtype and run without it.
+        once_differentiable: Second derivatives are an error, and nothing is kept for
+            them.
+        materialize_grads: Give bwd zeros for the cotangent of an unused output; else
+            None.
+        autocast: Under autocast, cast floating arguments to this dtype and run without
+            it.
         probe: Returns the arguments to check the rule on, in place of those of a call.
 
     Returns:
@@ -321,9 +326,11 @@ def custom_vjp(
         (tensor(12.),)
     """
     if vmap not in get_args(VmapMode):
+        modes = ", ".join(map(repr, get_args(VmapMode)))
         raise DefinitionError(
-            f"custom_vjp: vmap={vmap!r} is none of {', '.join(map(repr, get_args(VmapMode)))}",
-            fix='Leave it out ("auto"), or use "sequential" for code that torch cannot see.',
+            f"custom_vjp: vmap={vmap!r} is none of {modes}",
+            fix='Leave it out ("auto"), or use "sequential" for code that torch cannot '
+            "see.",
         )
     if not isinstance(contract, Contract):
         raise DefinitionError(

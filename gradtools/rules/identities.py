@@ -28,7 +28,7 @@ T = TypeVar("T")
 
 
 @custom_vjp(contract=Surrogate())
-def clip_grad(x: T, min: float | None = None, max: float | None = None) -> T:  # noqa: A002
+def clip_grad(x: T, min: float | None = None, max: float | None = None) -> T:
     """Return ``x``; clip its gradient to ``[min, max]``, element by element.
 
     Args:
@@ -48,7 +48,7 @@ def clip_grad(x: T, min: float | None = None, max: float | None = None) -> T:  #
 
 
 @clip_grad.def_fwd
-def _(x: Any, min: Any = None, max: Any = None) -> Any:  # noqa: A002
+def _(x: Any, min: Any = None, max: Any = None) -> Any:
     return x, (min, max)
 
 

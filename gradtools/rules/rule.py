@@ -71,7 +71,8 @@ class Rule:
     Attributes:
         fwd_takes_needs: fwd asks for ``needs``.
         bwd_takes_needs: bwd asks for ``needs``.
-        bwd_takes_self: bwd was written as a method: ``bwd(self, residuals, cotangent)``.
+        bwd_takes_self: bwd was written as a method: ``bwd(self, residuals,
+            cotangent)``.
         jvp_takes_self: So was the jvp rule: ``jvp(self, primals, tangents)``.
     """
 

@@ -125,7 +125,7 @@ class Parameters:
             raise TypeError(f"{name}() {error}") from None
 
     def names(self, count: int) -> list[str]:
-        """Return the names of ``count`` entries, ``args[0]`` and so on for ``*args``."""
+        """Return the names of ``count`` entries, ``args[0]`` and on for ``*args``."""
         rest = len(self.keyword_only) + (self.var_keyword is not None)
         extra = count - len(self.positional) - rest
         return [
@@ -158,6 +158,7 @@ class Meta(NamedTuple):
 
     @classmethod
     def of(cls, tensor: torch.Tensor) -> Meta:
+        """Read it off a tensor."""
         return cls(tensor.shape, tensor.dtype, tensor.device)
 
     def __str__(self) -> str:
@@ -232,7 +233,7 @@ class CallSignature:
 def flatten_entries(
     entries: tuple[Any, ...],
 ) -> tuple[Sequence[Any], trees.Spec | None]:
-    """Lay the values of a call flat; the structure is None where they are flat already."""
+    """Lay the values of a call flat; the structure is None if they are flat already."""
     for entry in entries:
         if not (type(entry) is torch.Tensor or trees.is_leaf(entry)):
             return trees.flatten(entries)

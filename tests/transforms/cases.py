@@ -1,14 +1,14 @@
 """One table of rules, each with a reference that does not use gradtools.
 
-Most rules here are *markers*: their derivative is deliberately not that of the function,
-but ten times it, say. A transform that dropped the rule and differentiated the function
-would be off by that factor; only a marker can show it.
+Most rules here are *markers*: their derivative is deliberately not that of the
+function, but ten times it, say. A transform that dropped the rule and differentiated
+the function would be off by that factor; only a marker can show it.
 
-A reference is native torch whose value is the function's and whose derivatives, of every
-order, are the rule's. Where the rule's derivative is that of some function ``h``, this is
-:func:`marked`. Where the rule saves its output y and returns ``10 * phi(y) * g`` for a
-function with f' = phi(f), the rule applies again at each order, and the reference is
-f(10 x - 9 stop(x)).
+A reference is native torch whose value is the function's and whose derivatives, of
+every order, are the rule's. Where the rule's derivative is that of some function ``h``,
+this is :func:`marked`. Where the rule saves its output y and returns ``10 * phi(y) *
+g`` for a function with f' = phi(f), the rule applies again at each order, and the
+reference is f(10 x - 9 stop(x)).
 """
 
 from __future__ import annotations
@@ -516,25 +516,25 @@ def _v(count=4, seed=0):
 CASES = [
     Case(
         "computed residual",
-        lambda x, b: swish(x, b),
+        swish,
         swish_reference,
         lambda: (_v(), torch.tensor(1.3)),
     ),
     Case(
         "input residual",
-        lambda x: cube(x),
+        cube,
         lambda x: marked(x**3, x.sin()),
         lambda: (_v(),),
     ),
     Case(
         "output residual",
-        lambda x: exponential(x),
+        exponential,
         lambda x: torch.exp(M * x - (M - 1) * x.detach()),
         lambda: (_v(),),
     ),
     Case(
         "repeated residuals",
-        lambda x: tanh(x),
+        tanh,
         lambda x: torch.tanh(M * x - (M - 1) * x.detach()),
         lambda: (_v(),),
     ),
@@ -578,13 +578,13 @@ CASES = [
     ),
     Case(
         "method",
-        lambda x, a: oscillator.wave(x, a),
+        oscillator.wave,
         wave_reference,
         lambda: (_v(), _v(seed=1)),
     ),
     Case(
         "needs",
-        lambda x, w, b: linear(x, w, b),
+        linear,
         linear_reference,
         lambda: (_v(3), numbers(2, 3, seed=1), _v(2, seed=2)),
     ),
@@ -595,7 +595,7 @@ CASES = [
         handed_through_reference,
         lambda: (_v(),),
     ),
-    Case("a rule in a rule", lambda x: caller(x), caller_reference, lambda: (_v(),)),
+    Case("a rule in a rule", caller, caller_reference, lambda: (_v(),)),
     *(
         Case(
             f"vmap={mode}",
@@ -607,13 +607,13 @@ CASES = [
     ),
     Case(
         "custom_jvp",
-        lambda x, k: sine(x, k),
+        sine,
         sine_reference,
         lambda: (_v(), torch.tensor(0.7)),
     ),
     Case(
         "bwd and jvp",
-        lambda x: both_ways(x),
+        both_ways,
         lambda x: marked(torch.sin(x), M * torch.sin(x)),
         lambda: (_v(),),
     ),

@@ -1,7 +1,7 @@
 """backend="eager" runs Dynamo's graph as it is: a second derivative goes through it.
 
-For a hand-written Function this is silently wrong; through AOT autograd it is an error of
-torch's (aot_autograd does not support double backward).
+For a hand-written Function this is silently wrong; through AOT autograd it is an error
+of torch's (aot_autograd does not support double backward).
 """
 
 import pytest

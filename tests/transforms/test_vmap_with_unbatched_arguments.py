@@ -12,7 +12,7 @@ def test_vmap_with_unbatched_arguments(agree):
             in_dims = tuple(None if i == place else 0 for i in range(len(args)))
             given = [
                 a if i == place else b
-                for i, (a, b) in enumerate(zip(args, batched(args)))
+                for i, (a, b) in enumerate(zip(args, batched(args), strict=True))
             ]
             found.append(torch.func.vmap(f, in_dims)(*given))
         return found
