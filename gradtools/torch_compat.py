@@ -26,6 +26,8 @@ __all__ = [
     "forward_ad_active",
     "forward_ad_enabled",
     "graph_is_kept",
+    "has_tangent",
+    "is_differentiated",
     "is_fake",
     "is_foreign_subclass",
     "is_view",
@@ -101,9 +103,25 @@ def tangent_of(tensor: torch.Tensor) -> torch.Tensor | None:
     return forward_ad.unpack_dual(tensor, level=0).tangent
 
 
+def has_tangent(tensor: torch.Tensor) -> bool:
+    """Whether a tensor moves at the open forward-mode level, also inside a Function."""
+    with forward_ad_enabled():
+        return tangent_of(tensor) is not None
+
+
 def requires_grad_at_any_level(tensor: torch.Tensor) -> bool:
     """Whether a gradient is wanted of ``tensor`` by plain autograd or a transform."""
     while not tensor.requires_grad:
+        if not is_wrapped(tensor):
+            return False
+        tensor = _functorch.get_unwrapped(tensor)
+    return True
+
+
+def is_differentiated(tensor: torch.Tensor) -> bool:
+    """Whether a derivative in ``tensor`` is under way, in either mode, at any level."""
+    moving = forward_ad_active()
+    while not (tensor.requires_grad or (moving and has_tangent(tensor))):
         if not is_wrapped(tensor):
             return False
         tensor = _functorch.get_unwrapped(tensor)

@@ -49,7 +49,7 @@ class Probe:
         plan = dataclasses.replace(
             self.plan,
             signature=signature,
-            state=State(watched={"fwd", "bwd"}),
+            state=State(watched={"fwd", "bwd", "jvp"}),
             autocast=(),
             check=None,
         )

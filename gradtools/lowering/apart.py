@@ -24,8 +24,9 @@ __all__ = ["BackwardPlan"]
 class BackwardPlan:
     """The backward of a plan, at one layout, as a plan.
 
-    Its leaves are the kept tensors and then the cotangents; its outputs are the
-    cotangents of the arguments.
+    Its leaves are the kept tensors, the cotangents, and then the arguments on which the
+    residuals may depend past torch's sight, for a refusal to reach; its outputs are
+    the cotangents of the arguments.
     """
 
     primal = False
@@ -102,7 +103,8 @@ class BackwardPlan:
 
     def _run(self, leaves: Sequence[Any], *, leading: tuple[int, ...]) -> list[Any]:
         count = len(self.layout.kept)
-        kept, cotangents = leaves[:count], leaves[count:]
+        end = count + self.layout.outputs.count
+        kept, cotangents = leaves[:count], leaves[count:end]
         return list(
             self.plan.backward(
                 self.layout, kept, cotangents, self.wanted, leading=leading

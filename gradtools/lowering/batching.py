@@ -55,6 +55,7 @@ class BatchedLayout(Layout):
             inner.outputs, inner.residuals, inner.kept, inner.slots, inner.floating
         )
         self.inner = inner
+        self.opaque = inner.opaque
         self.rng = inner.rng
         count = inner.outputs.count
         self.out_dims = tuple(dims[:count])

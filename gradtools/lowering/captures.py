@@ -15,6 +15,7 @@ import weakref
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+import numpy as np
 import torch
 from torch.overrides import TorchFunctionMode
 
@@ -23,15 +24,18 @@ from gradtools.errors import CapturedTensorError, Violation
 from gradtools.rules.rule import Rule
 
 __all__ = [
+    "PLAIN",
     "Watch",
     "captured",
     "follow",
     "free_variables",
+    "hidden_numbers",
     "hidden_tensors",
     "name_of",
     "names_used",
     "needs_gradient",
     "refuse_hidden_parameters",
+    "tensors_used",
 ]
 
 
@@ -48,8 +52,11 @@ class Watch(TorchFunctionMode):
         super().__init__()
         self.rule = rule
         self.role = role
+        self.found: CapturedTensorError | None = None
         self.known: dict[int, weakref.ref[torch.Tensor]] = {}
-        self.arguments = [leaf for leaf in arguments if isinstance(leaf, torch.Tensor)]
+        values = list(arguments)
+        self.arguments = [value for value in values if isinstance(value, torch.Tensor)]
+        self.objects = [value for value in values if not isinstance(value, PLAIN)]
         for tensor in self.arguments:
             self.remember(tensor)
 
@@ -61,12 +68,30 @@ class Watch(TorchFunctionMode):
         produced = list(_tensors_in(result))
         name = getattr(func, "__name__", "")
         if name not in _WITHOUT_GRADIENT and (produced or name != "__get__"):
-            for tensor in _tensors_in((args, kwargs)):
-                if not self.is_known(tensor) and needs_gradient(tensor):
-                    raise self.error(tensor)
+            self.refuse(_tensors_in((args, kwargs)))
         for tensor in produced:
             self.remember(tensor)
         return result
+
+    def __exit__(self, kind: Any, error: Any, traceback: Any) -> None:
+        """Raise again what was found: torch's ``**`` makes another error of it."""
+        super().__exit__(kind, error, traceback)
+        if self.found is not None and error is not self.found:
+            raise self.found from None
+
+    def refuse(self, tensors: Iterable[torch.Tensor], place: str = "") -> None:
+        """Raise for a tensor that is owed a gradient and did not come as an argument.
+
+        Args:
+            tensors: What the function uses, or returned.
+            place: Where it stands in what the function returned.
+        """
+        for tensor in tensors:
+            if needs_gradient(tensor) and not self.is_known(tensor):
+                function = getattr(self.rule, self.role)
+                where = name_of(tensor, function, self.objects)
+                self.found = captured(self.rule, self.role, place + where)
+                raise self.found
 
     def remember(self, tensor: torch.Tensor) -> None:
         """Take a tensor for known: an argument, or made from arguments."""
@@ -74,17 +99,9 @@ class Watch(TorchFunctionMode):
         self.known[key] = weakref.ref(tensor, lambda _: self.known.pop(key, None))
 
     def is_known(self, tensor: torch.Tensor) -> bool:
-        """Whether a tensor is an argument, was made inside, or views an argument."""
+        """Whether a tensor is an argument, or was made inside."""
         reference = self.known.get(id(tensor))
-        if reference is not None and reference() is tensor:
-            return True
-        return torch_compat.is_view_of(tensor, self.arguments)
-
-    def error(self, tensor: torch.Tensor) -> CapturedTensorError:
-        """Return the error that names a captured tensor."""
-        return captured(
-            self.rule, self.role, name_of(tensor, getattr(self.rule, self.role))
-        )
+        return reference is not None and reference() is tensor
 
 
 # What may be asked of a captured tensor: its metadata (a property that gives no tensor
@@ -117,7 +134,11 @@ def captured(rule: Rule, role: str, where: str) -> CapturedTensorError:
 
 def needs_gradient(tensor: torch.Tensor) -> bool:
     """Whether a captured tensor would be owed a gradient."""
-    return tensor.requires_grad or torch_compat.is_wrapped(tensor)
+    return (
+        tensor.requires_grad
+        or torch_compat.is_wrapped(tensor)
+        or (torch_compat.forward_ad_active() and torch_compat.has_tangent(tensor))
+    )
 
 
 def _tensors_in(value: Any) -> Iterator[torch.Tensor]:
@@ -269,44 +290,61 @@ def _names_in(code: types.CodeType) -> frozenset[str]:
     return frozenset(name for inner in _codes(code) for name in inner.co_names)
 
 
-def name_of(tensor: torch.Tensor, function: Any) -> str:
-    """Say through which name a tensor reached a function."""
-    if function is not None:
-        for label, steps in free_variables(function).items():
-            for path, found in _reachable(follow(function, steps), "", 3, set()):
-                if found is tensor:
-                    return label + path
+def name_of(tensor: torch.Tensor, function: Any, objects: Iterable[Any] = ()) -> str:
+    """Say through which name, or which argument, a tensor reached a function."""
+    places = [
+        (label, follow(function, steps))
+        for label, steps in free_variables(function).items()
+    ]
+    places += [(f"an argument of type {type(o).__name__}: ", o) for o in objects]
+    for label, value in places:
+        for path, found in _reachable(value, "", 3, set()):
+            if found is tensor:
+                return label + path
     return f"a tensor of shape {tuple(tensor.shape)} that is no argument"
 
 
 def _reachable(
-    value: Any, path: str, depth: int, seen: set[int]
-) -> Iterator[tuple[str, torch.Tensor]]:
+    value: Any, path: str, depth: int, seen: set[int], kinds: Any = torch.Tensor
+) -> Iterator[tuple[str, Any]]:
     """Yield the tensors that an object holds, each with the path to it."""
-    if isinstance(value, torch.Tensor):
+    if isinstance(value, kinds):
         yield path, value
         return
     if depth == 0 or id(value) in seen or isinstance(value, _WITHOUT_TENSORS):
         return
     seen.add(id(value))
     for key, child in _parts(value):
-        yield from _reachable(child, path + key, depth - 1, seen)
+        yield from _reachable(child, path + key, depth - 1, seen, kinds)
 
 
 _WITHOUT_TENSORS = (
     type(None), bool, int, float, complex, str, bytes, type, types.ModuleType,
     types.BuiltinFunctionType, torch.dtype, torch.device, torch.Size,
 )  # fmt: skip
+PLAIN = (torch.Tensor, *_WITHOUT_TENSORS)
 
 
 def _parts(value: Any) -> Iterator[tuple[str, Any]]:
     if isinstance(value, torch.nn.Module):
         tensors = (*value.named_parameters(), *value.named_buffers())
         yield from ((f".{name}", tensor) for name, tensor in tensors)
+        for prefix, module in value.named_modules():
+            for name, own in vars(module).items():
+                if not name.startswith("_"):
+                    yield f".{prefix}.{name}".replace("..", "."), own
+        return
+    if isinstance(value, types.FunctionType) and _is_library(value):
+        for name, cell in zip(value.__code__.co_freevars, value.__closure__ or ()):
+            if _is_assigned(cell):
+                yield f" closure variable {name!r}", cell.cell_contents
         return
     if isinstance(value, (types.FunctionType, types.MethodType, functools.partial)):
         for label, steps in free_variables(value).items():
             yield f" {label}", follow(value, steps)
+        return
+    if isinstance(value, (set, frozenset)):
+        yield from (("{...}", child) for child in value)
         return
     below = trees.children(value)
     if below is not None:
@@ -329,6 +367,55 @@ def hidden_tensors(value: Any) -> list[tuple[str, torch.Tensor]]:
         for path, tensor in _reachable(value, "", 4, set())
         if tensor.dtype.is_floating_point or tensor.dtype.is_complex
     ]
+
+
+def tensors_used(
+    value: Any, names: frozenset[str], depth: int = 4, *, is_self: bool = False
+) -> Iterator[torch.Tensor]:
+    """Yield the tensors that code reaches from a value by these attribute names.
+
+    This is for every call: it goes to few places and runs no code of the user's. All
+    parameters of a module count, as it may be called, but not those of ``self``.
+    """
+    if isinstance(value, torch.Tensor):
+        yield value
+        return
+    if depth == 0 or isinstance(value, _WITHOUT_TENSORS):
+        return
+    if isinstance(value, torch.nn.Module):
+        parts = _named_parts(value, names)
+        parts += [] if is_self else value.parameters()
+    elif isinstance(value, dict):
+        parts = list(value.values())
+    elif isinstance(value, (tuple, list, set, frozenset)):
+        parts = list(value)
+    elif isinstance(value, _CALLABLE):
+        parts = [child for _, child in _parts(value)]
+    else:
+        parts = _named_parts(value, names)
+    for part in parts:
+        yield from tensors_used(part, names, depth - 1)
+
+
+def _named_parts(value: Any, names: frozenset[str]) -> list[Any]:
+    """Return the attributes of an object that have these names, properties aside."""
+    own = getattr(value, "__dict__", {})
+    places = [own, *(own.get(f"_{k}", {}) for k in ("parameters", "buffers", "modules"))]
+    found = [place[name] for place in places for name in names & place.keys()]
+    slots = (name for name in names if _is_slot(getattr(type(value), name, None)))
+    return found + [getattr(value, name, None) for name in slots]
+
+
+def _is_slot(descriptor: Any) -> bool:
+    return isinstance(descriptor, types.MemberDescriptorType)
+
+
+def hidden_numbers(value: Any) -> list[Any]:
+    """Return the numbers and arrays, no tensors, that an object is or holds inside."""
+    return [number for _, number in _reachable(value, "", 4, set(), _NUMBERS)]
+
+
+_NUMBERS = (float, complex, np.ndarray, np.generic)
 
 
 def may_hide_parameters(leaf: Any) -> bool:

@@ -14,10 +14,17 @@ import torch
 
 from gradtools import trees
 from gradtools.errors import BackwardContractError, ForwardContractError, Violation
+from gradtools.lowering.captures import hidden_tensors
+from gradtools.lowering.residuals import opaque_objects
 from gradtools.rules.rule import Rule
 from gradtools.rules.signature import CallSignature, Meta
 
-__all__ = ["cotangents", "output_and_residuals", "output_tangents"]
+__all__ = [
+    "cotangents",
+    "output_and_residuals",
+    "output_tangents",
+    "refuse_hidden_outputs",
+]
 
 Cotangents = Sequence[torch.Tensor | None]
 
@@ -46,6 +53,31 @@ def output_and_residuals(rule: Rule, returned: Any) -> tuple[Any, Any]:
         violations=[Violation("return", "a tuple of 2", describe(returned))],
         fix="Return (output, residuals); with nothing to keep, return (output, ()).",
     )
+
+
+def refuse_hidden_outputs(
+    rule: Rule, outputs: trees.Structure, leaves: Sequence[Any]
+) -> None:
+    """Raise for tensors inside an object that is an output: they get no gradient."""
+    violations = [
+        Violation(
+            f"output, a {type(value).__name__}",
+            "tensors in containers that torch's pytree knows",
+            f"{describe(tensor)} inside ({path.lstrip('.')})",
+        )
+        for value in opaque_objects(outputs, leaves)
+        for path, tensor in hidden_tensors(value)
+    ]
+    if violations:
+        raise ForwardContractError(
+            f"{rule.name}: an output hides tensors inside an opaque object, and they "
+            "would get no gradient",
+            rule=rule.where,
+            function=rule.which("fwd" if rule.fwd is not None else "fun"),
+            violations=violations,
+            fix="Return the tensors themselves, or register the object's type with "
+            "torch.utils._pytree.",
+        )
 
 
 def cotangents(

@@ -60,9 +60,11 @@ class Lowered:
         self.composable = functions.named(functions.Composable, rule.name)
         self.plans: dict[Hashable, Plan] = {}
         self.states: dict[Hashable, State] = {}
+        functions_of = (rule.fun, rule.fwd, rule.bwd, rule.jvp)
+        self.names = frozenset[str]().union(*map(captures.names_used, functions_of))
         self.free = [
             (function, path)
-            for function in (rule.fun, rule.fwd, rule.bwd, rule.jvp)
+            for function in functions_of
             for path in captures.free_variables(function).values()
             if not isinstance(captures.follow(function, path), _NEVER_TENSORS)
         ]
@@ -104,7 +106,8 @@ class Lowered:
         if not any(needs):
             return self.run_primal(leaves, spec, entries, transformed)
         plan = self.plan(leaves, spec, entries, needs, moving)
-        self.look_again(plan)
+        if plan.state.watched and next(self.owed(leaves), None) is not None:
+            plan.state.watched.clear()  # look for captured tensors again
         function = self.composable if transformed else self.direct
         returned = function.apply(plan, *leaves)
         if isinstance(returned, torch.Tensor):
@@ -129,23 +132,17 @@ class Lowered:
             return layout.outputs.rebuild(tensors)
         values = leaves if spec is None else trees.unflatten(leaves, spec)
         out = rule.parameters.call(rule.fun, values)
-        if not transformed and torch.is_grad_enabled():
-            self.refuse_gradient(out)
+        self.refuse_derivative(out, leaves)
         return out
 
-    def refuse_gradient(self, out: Any) -> None:
-        """Raise where the output has a gradient that no argument accounts for."""
+    def refuse_derivative(self, out: Any, leaves: Sequence[Any]) -> None:
+        """Raise where the output has a derivative that no argument accounts for."""
         tensors = trees.Structure.split(out)[0]
-        if any(tensor.requires_grad for tensor in tensors):
-            held = [
-                tensor
-                for function, path in self.free
-                for _, tensor in captures.hidden_tensors(
-                    captures.follow(function, path)
-                )
-            ]
-            source = next((t for t in held if t.requires_grad), tensors[0])
-            where = captures.name_of(source, self.rule.fun)
+        owed = [t for t in tensors if torch_compat.is_differentiated(t)]
+        if owed:
+            source = next(self.owed(leaves), owed[0])
+            objects = [leaf for leaf in leaves if not isinstance(leaf, captures.PLAIN)]
+            where = captures.name_of(source, self.rule.fun, objects)
             raise captures.captured(self.rule, "fun", where)
 
     def plan_for_check(self, entries: tuple[Any, ...]) -> tuple[Plan, Sequence[Any]]:
@@ -248,15 +245,23 @@ class Lowered:
                 "detach it.",
             )
 
-    def look_again(self, plan: Plan) -> None:
-        """Look for captured tensors again where a free variable holds one."""
-        for function, path in self.free:
-            value = captures.follow(function, path)
-            if isinstance(value, torch.Tensor) and captures.needs_gradient(value):
-                plan.state.watched.clear()
+    def owed(self, leaves: Sequence[Any]) -> Iterator[torch.Tensor]:
+        """Yield tensors within reach of the rule that need a gradient.
+
+        They are no arguments: free variables of its functions, or inside of objects.
+        """
+        held = [captures.follow(function, path) for function, path in self.free]
+        held += [leaf for leaf in leaves if not isinstance(leaf, captures.PLAIN)]
+        for value in held:
+            is_self = self.rule.is_method and value is leaves[0]
+            for tensor in captures.tensors_used(value, self.names, is_self=is_self):
+                if captures.needs_gradient(tensor) and not any(
+                    tensor is leaf for leaf in leaves
+                ):
+                    yield tensor
 
 
-_NEVER_TENSORS = (types.ModuleType, types.BuiltinFunctionType, type, str, bytes)
+_NEVER_TENSORS = (types.ModuleType, types.BuiltinFunctionType, type)
 
 
 def wanted(leaves: Sequence[Any], transformed: bool, moving: bool) -> tuple[bool, ...]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -19,7 +19,7 @@ from gradtools import torch_compat
 from gradtools.errors import GradtoolsError, TransformError
 from gradtools.lowering import captures, contract, forward_mode
 from gradtools.lowering.replay import random_state, same
-from gradtools.lowering.residuals import Layout, lay_out
+from gradtools.lowering.residuals import Layout, lay_out, opaque_objects
 from gradtools.rules.rule import Rule
 from gradtools.rules.signature import CallSignature
 from gradtools.trees import Structure
@@ -153,6 +153,8 @@ class Plan:
         else:
             out, residuals = self._first_forward(entries, leaves)
         outs, outputs = Structure.split(out)
+        if outputs.constants and not self.primal:
+            contract.refuse_hidden_outputs(self.rule, outputs, leaves)
         tensors, structure = Structure.split(residuals)
         layout, new = lay_out(outputs, outs, structure, tensors, leaves)
         layout.rng = rng
@@ -206,7 +208,9 @@ class Plan:
         if "bwd" in self.state.watched:
             returned = self.call_bwd(layout, kept, cotangents, needs)
         else:
-            with captures.Watch(self.rule, "bwd", (*kept, *cotangents)):
+            objects = layout.residuals.constants.values()
+            given = (*kept, *cotangents, *objects, *_inside(layout.opaque))
+            with captures.Watch(self.rule, "bwd", given):
                 returned = self.call_bwd(layout, kept, cotangents, needs)
             self.state.watched.add("bwd")
         cast = bool(self.autocast) or self.rule.autocast is not None
@@ -261,12 +265,16 @@ class Plan:
         ]
         given = tuple(p for i, p in enumerate(primals) if i not in nondiff)
         moved = tuple(t for i, t in enumerate(moved) if i not in nondiff)
+        watch: Any = contextlib.nullcontext()
+        if "jvp" not in self.state.watched:
+            watch = captures.Watch(rule, "jvp", (*leaves, *filled))
         try:
-            with self.under_autocast():
+            with self.under_autocast(), watch:
                 returned = rule.jvp(*first, given, moved)  # type: ignore[misc]
         except Exception as error:
             _note(error, rule, "jvp")
             raise
+        self.state.watched.add("jvp")
         return contract.output_tangents(rule, returned, outs)
 
     @contextlib.contextmanager
@@ -292,6 +300,10 @@ class Plan:
         if before is not None:
             self.state.draws = not same(before, random_state(leaves))
         outs = Structure.split(out)[0]
+        kept, structure = Structure.split(residuals)
+        hidden = _inside(opaque_objects(structure, leaves))
+        watch.refuse(outs, "output: ")
+        watch.refuse((*kept, *hidden), "residuals: ")
         self.state.foreign = frozenset(
             index for index, tensor in enumerate(outs) if not watch.is_known(tensor)
         )
@@ -329,6 +341,13 @@ class Plan:
 
 def _traced(leaves: Sequence[Any]) -> bool:
     return any(isinstance(x, torch.Tensor) and torch_compat.is_fake(x) for x in leaves)
+
+
+def _inside(objects: Iterable[Any]) -> list[torch.Tensor]:
+    """Return the tensors inside opaque objects."""
+    return [
+        tensor for value in objects for _, tensor in captures.hidden_tensors(value)
+    ]
 
 
 def _note(error: Exception, rule: Rule, role: str) -> None:

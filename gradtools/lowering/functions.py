@@ -48,8 +48,12 @@ class Direct(Function):
         ctx.set_materialize_grads(plan.rule.materialize_grads)
         ctx.plan, ctx.layout = plan, layout
         ctx.inputs = None
-        if new and not plan.rule.once_differentiable:
-            ctx.inputs = higher_order.Inputs(leaves, layout)
+        if new or layout.opaque:
+            ctx.inputs = (
+                higher_order.Ends(leaves)
+                if plan.rule.once_differentiable
+                else higher_order.Inputs(leaves, layout)
+            )
         return outs[0] if layout.outputs.spec is None else (*outs, layout)
 
     @staticmethod
@@ -62,7 +66,7 @@ class Direct(Function):
             leaves = None if ctx.inputs is None else ctx.inputs.leaves(kept)
             preconditions.second_order(plan, layout, kept, given, leaves)
             if preconditions.refusal(plan) is not None:
-                return None, *_apart(plan, layout, kept, given, needs)
+                return None, *_apart(plan, layout, kept, given, needs, leaves)
             if leaves is not None:
                 kept = higher_order.traced(plan, layout, kept, leaves)
         values = plan.backward(layout, kept, given, needs)
@@ -83,9 +87,8 @@ class Composable(Function):
             if plan.rule.bwd is None:
                 preconditions.jvp_linearity(plan, layout, leaves, outs)
             like = layout.only_floating(outs)
-            preconditions.second_order(
-                plan, layout, kept, like, leaves if new else None
-            )
+            made = leaves if new or layout.opaque else None
+            preconditions.second_order(plan, layout, kept, like, made)
             if plan.moving and not plan.has_jvp:
                 preconditions.linearity(plan, layout, kept, outs)
         return *outs, *(tensor.detach() for tensor in new), layout
@@ -99,7 +102,9 @@ class Composable(Function):
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*layout.pick(leaves, outs, new))
         ctx.like = [(out.shape, out.dtype, out.device) for out in outs]
-        ctx.inputs = higher_order.Inputs(leaves, layout) if new else None
+        ctx.inputs = None
+        if new or layout.opaque:
+            ctx.inputs = higher_order.Inputs(leaves, layout)
         if plan.moving:
             ctx.constants = [None if isinstance(x, torch.Tensor) else x for x in leaves]
             tensors = [x if isinstance(x, torch.Tensor) else None for x in leaves]
@@ -116,9 +121,13 @@ class Composable(Function):
         if any(cotangent is not None for cotangent in given):
             if plan.rule.materialize_grads:
                 given = _materialized(layout, given, ctx.like)
-            opaque = preconditions.refusal(plan) is not None
-            run = _apart if opaque or _vectorized_by_itself(plan) else _in_place
-            values = run(plan, layout, kept, given, needs)
+            if preconditions.refusal(plan) is not None:
+                leaves = None if ctx.inputs is None else ctx.inputs.leaves(kept)
+                values = _apart(plan, layout, kept, given, needs, leaves)
+            elif _vectorized_by_itself(plan):
+                values = _apart(plan, layout, kept, given, needs)
+            else:
+                values = plan.backward(layout, kept, given, needs)
         if any(cotangent is not None for cotangent in extra):
             error = preconditions.refusal(plan)
             if error is not None:
@@ -162,27 +171,17 @@ class Composable(Function):
         return (*tensors, layout.inner), (*layout.out_dims, *layout.new_dims, None)
 
 
-def _in_place(
-    plan: Lowerable,
-    layout: Layout,
-    kept: Tensors,
-    given: Optional,
-    needs: Sequence[bool],
-) -> Optional:
-    """Run bwd where it stands, so that torch sees its operations."""
-    return plan.backward(layout, kept, given, needs)
-
-
 def _apart(
     plan: Lowerable,
     layout: Layout,
     kept: Tensors,
     given: Optional,
     needs: Sequence[bool],
+    leaves: Sequence[Any] | None = None,
 ) -> Optional:
     """Run bwd as a Function of its own."""
     *values, returned = Composable.apply(
-        BackwardPlan(plan, layout, needs), *kept, *given
+        BackwardPlan(plan, layout, needs), *kept, *given, *(leaves or ())
     )
     return returned.outputs.rebuild(values)
 

@@ -20,7 +20,7 @@ from gradtools.lowering.forward_mode import pulled_back
 from gradtools.lowering.replay import replayed
 from gradtools.lowering.residuals import Layout
 
-__all__ = ["Inputs", "residual_cotangents", "residual_tangents", "traced"]
+__all__ = ["Ends", "Inputs", "residual_cotangents", "residual_tangents", "traced"]
 
 Tensors = Sequence[torch.Tensor]
 Optional = Sequence[torch.Tensor | None]
@@ -56,6 +56,28 @@ class Inputs:
         return [_unpack(kind, what, kept) for kind, what in self.places]
 
 
+class Ends:
+    """What leads back to the arguments and holds none of their memory.
+
+    A rule that is once_differentiable needs it to refuse a second derivative: a
+    residual that fwd computed leads nowhere, and the derivative would be zero.
+    """
+
+    __slots__ = ("ends",)
+
+    def __init__(self, leaves: Sequence[Any]) -> None:
+        with torch.enable_grad():
+            self.ends = [
+                leaf.unsqueeze(0)[:0].sum()
+                for leaf in leaves
+                if isinstance(leaf, torch.Tensor) and leaf.requires_grad
+            ]
+
+    def leaves(self, kept: Tensors) -> list[Any]:
+        """Return a zero for each argument that needs a gradient."""
+        return self.ends
+
+
 def _unpack(kind: str, what: Any, kept: Tensors) -> Any:
     if kind == "kept":
         return kept[what]
@@ -66,6 +88,8 @@ def traced(
     plan: Lowerable, layout: Layout, kept: Tensors, leaves: Sequence[Any]
 ) -> Tensors:
     """Return the kept tensors with every new one computed again, in the graph."""
+    if all(source.kind != "new" for source in layout.kept):
+        return kept
     with replayed(layout.rng):
         _, new, _ = plan.forward(leaves)
     fresh = [

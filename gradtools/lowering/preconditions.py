@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
 from gradtools import torch_compat
@@ -63,10 +64,11 @@ def second_order(
         layout: Of this call.
         kept: The kept tensors.
         cotangents: Tensors like the outputs; their values do not matter.
-        leaves: The arguments, where fwd computed residuals of its own.
+        leaves: The arguments, where fwd made residuals of its own.
     """
     tensors = [*kept, *(c for c in cotangents if c is not None)]
-    if not _to_be_tested(plan, "second_order", tensors):
+    once = plan.rule.once_differentiable
+    if once or not _to_be_tested(plan, "second_order", tensors):
         return
     with probing(), torch_compat.clean_autograd():
         plan.state.second_order = (
@@ -118,7 +120,7 @@ def _hidden(rule: Rule, layout: Layout) -> TransformError | None:
             "tensors in containers that torch's pytree knows",
             f"a tensor of shape {tuple(tensor.shape)} inside ({path.lstrip('.')})",
         )
-        for constant in layout.residuals.constants.values()
+        for constant in layout.opaque
         for path, tensor in captures.hidden_tensors(constant)[:1]
     ]
     if not found:
@@ -140,22 +142,28 @@ def _hidden(rule: Rule, layout: Layout) -> TransformError | None:
 def _opaque_fwd(
     plan: Lowerable, layout: Layout, leaves: Sequence[Any]
 ) -> TransformError | None:
-    def new_at(values: Sequence[Any]) -> Tensors:
+    def at(values: Sequence[Any]) -> tuple[Tensors, list[bytes]]:
         with replayed(layout.rng):
-            return plan.forward(values)[1]
+            _, new, there = plan.forward(values)
+        numbers = map(captures.hidden_numbers, there.opaque)
+        return new, [np.asarray(n).tobytes() for found in numbers for n in found]
 
     try:
         with torch.enable_grad():
-            new = new_at(_tracked(leaves))
+            new, numbers = at(_tracked(leaves))
+        blind = [k for k, t in enumerate(new) if _floating(t) and not t.requires_grad]
+        if not blind and not numbers:
+            return None
+        with torch.no_grad():
+            here, numbers = at(_off_zero(leaves))
+            near, moved_numbers = at(_moved(_off_zero(leaves)))
     except Exception as error:
         return _opaque(plan.rule, "fwd", "the residuals", error)
-    blind = [k for k, t in enumerate(new) if _floating(t) and not t.requires_grad]
-    if blind:
-        with torch.no_grad():
-            here, near = new_at(_detached(leaves)), new_at(_moved(leaves))
-        for k in blind:
-            if not _equal(here[k], near[k]):
-                return _opaque(plan.rule, "fwd", _place_of(layout, "new", k), None)
+    for k in blind:
+        if not _equal(here[k], near[k]):
+            return _opaque(plan.rule, "fwd", _place_of(layout, "new", k), None)
+    if numbers != moved_numbers:
+        return _opaque(plan.rule, "fwd", "a residual that is no tensor", None)
     return None
 
 
@@ -192,11 +200,12 @@ def _opaque_bwd(
         if not blind:
             continue
         with torch.no_grad():
-            near = list(_detached(kept))
+            near = _off_zero(kept)
+            before = bwd(near, given)
             near[k] = _moved([near[k]])[0]
             moved = bwd(near, given)
         for i in blind:
-            if moved[i] is None or not _equal(values[i], moved[i]):
+            if not _equal(before[i], moved[i]):
                 where = _place_of(layout, *layout.kept[k])
                 return _opaque(plan.rule, "bwd", f"{where}, for {paths[i]}", None)
     return None
@@ -242,12 +251,11 @@ def _nonlinear_bwd(
     if wrong is None:
         return None
     return TransformError(
-        f"{plan.rule.name}: forward mode cannot be derived from bwd, which is not "
-        "linear "
+        f"{plan.rule.name}: forward mode cannot be derived from bwd, which {wrong[0]} "
         "in its cotangent",
         rule=plan.rule.where,
         function=plan.rule.which("bwd"),
-        violations=[Violation("cotangent", "a bwd linear in its cotangent", wrong)],
+        violations=[Violation("cotangent", "a bwd linear in its cotangent", wrong[1])],
         fix="State the forward mode with def_jvp, or use reverse mode only.",
     )
 
@@ -265,19 +273,21 @@ def _nonlinear_jvp(
     if wrong is None:
         return None
     return TransformError(
-        f"{plan.rule.name}: reverse mode cannot be derived from the jvp rule, which is "
-        "not linear in its tangents",
+        f"{plan.rule.name}: reverse mode cannot be derived from the jvp rule, which "
+        f"{wrong[0]} in its tangents",
         rule=plan.rule.where,
         function=plan.rule.which("jvp"),
-        violations=[Violation("tangents", "a jvp rule linear in its tangents", wrong)],
+        violations=[
+            Violation("tangents", "a jvp rule linear in its tangents", wrong[1])
+        ],
         fix="State the reverse mode with custom_vjp, or use forward mode only.",
     )
 
 
 def _nonlinear(
     function: Callable[[Optional], Optional], like: Sequence[Any], state: Any
-) -> str | None:
-    """Say how a function of tensors fails to be linear; None if it does not fail."""
+) -> tuple[str, str] | None:
+    """Say how a function fails to be visibly linear; None if it does not fail."""
     first = [_pattern(x) if _floating(x) else None for x in like]
     second = [_pattern(x, 0.37) if _floating(x) else None for x in like]
 
@@ -291,11 +301,44 @@ def _nonlinear(
 
     u, v, both = at(1, 0), at(0, 1), at(1, 1)
     if not _agree(both, [a + b for a, b in zip(u, v, strict=True)]):
-        return "f(u + v) is not f(u) + f(v)"
+        return "is not linear", "f(u + v) is not f(u) + f(v)"
     for scale in _scales(like):
         if not _agree(at(scale, 0), [scale * value for value in u]):
-            return f"f({scale:g} u) is not {scale:g} f(u)"
+            return "is not linear", f"f({scale:g} u) is not {scale:g} f(u)"
+    with replayed(state), torch.enable_grad():
+        if not _has_transpose(function, first):
+            return "is opaque", "torch sees a part of its operations, or none"
     return None
+
+
+def _has_transpose(
+    function: Callable[[Optional], Optional], given: Sequence[torch.Tensor | None]
+) -> bool:
+    """Whether autograd sees all of a linear f: <w, f(u)> is then <f'(w), u>."""
+    moved = [None if u is None else u.detach().requires_grad_() for u in given]
+    try:
+        values = [_dense(value) for value in function(moved) if value is not None]
+        seen = [value for value in values if value.requires_grad]
+        inputs = [u for u in moved if u is not None]
+        weights = [_pattern(value, 0.73) for value in seen]
+        back = (
+            torch.autograd.grad(seen, inputs, weights, materialize_grads=True)
+            if seen
+            else map(torch.zeros_like, inputs)
+        )
+    except Exception:  # opaque code may raise anything on a tensor with a graph
+        return False
+    there = sum(_products(_pattern(v, 0.73), v).sum() for v in values)
+    size = sum(_products(_pattern(v, 0.73), v).abs().sum() for v in values)
+    again = sum(_products(b, u).sum() for b, u in zip(back, inputs, strict=True))
+    coarsest = max((torch.finfo(v.dtype).eps for v in values), default=0.0)
+    return not bool(abs(there - again) > coarsest**0.5 * size)
+
+
+def _products(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+    """Terms of the real inner product."""
+    product = (first.conj() * second).detach()
+    return (product.real if product.is_complex() else product).to(torch.float64)
 
 
 def _scales(like: Sequence[Any]) -> tuple[float, ...]:
@@ -334,6 +377,14 @@ def _tracked(values: Sequence[Any]) -> list[Any]:
     return [v.detach().requires_grad_() if _floating(v) else v for v in values]
 
 
+def _off_zero(values: Sequence[Any]) -> list[Any]:
+    """Put other numbers in the place of zeros, which do not move when multiplied."""
+    return [
+        torch.where(v == 0, _pattern(v), v.detach()) if _floating(v) else v
+        for v in _detached(values)
+    ]
+
+
 def _moved(values: Sequence[Any]) -> list[Any]:
     """Move every number a little, and no number across zero."""
     return [v.detach() * _near_one(v) if _floating(v) else v for v in values]
@@ -355,8 +406,10 @@ def _fractions(tensor: torch.Tensor, offset: float = 0.0) -> torch.Tensor:
     return values.reshape(tensor.shape).to(tensor.dtype)
 
 
-def _equal(first: torch.Tensor | None, second: torch.Tensor) -> bool:
-    if first is None or first.shape != second.shape:
+def _equal(first: torch.Tensor | None, second: torch.Tensor | None) -> bool:
+    if first is None or second is None:
+        return first is second
+    if first.shape != second.shape:
         return False
     first, second = _dense(first.detach()), _dense(second.detach())
     return torch.equal(torch.nan_to_num(first), torch.nan_to_num(second))

@@ -15,7 +15,7 @@ import torch
 
 from gradtools.trees import Structure
 
-__all__ = ["Layout", "Source", "lay_out"]
+__all__ = ["Layout", "Source", "lay_out", "opaque_objects"]
 
 
 class Source(NamedTuple):
@@ -42,10 +42,11 @@ class Layout:
         slots: For each tensor of the residuals its position in ``kept``; ``None`` where
             the two are the same list.
         floating: For each output tensor whether it is differentiable; None: all are.
+        opaque: The objects among the residuals in which numbers may be hidden.
         rng: Random state before fwd, where fwd is known to draw.
     """
 
-    __slots__ = ("floating", "kept", "outputs", "residuals", "rng", "slots")
+    __slots__ = ("floating", "kept", "opaque", "outputs", "residuals", "rng", "slots")
 
     def __init__(
         self,
@@ -60,6 +61,7 @@ class Layout:
         self.kept = kept
         self.slots = slots
         self.floating = floating
+        self.opaque: tuple[Any, ...] = ()
         self.rng: Any = None
 
     def pick(
@@ -124,4 +126,25 @@ def lay_out(
         None if len(kept) == len(slots) else tuple(slots),
         None if all(floating) else floating,
     )
+    if residuals.constants:
+        layout.opaque = opaque_objects(residuals, leaves)
     return layout, new
+
+
+def opaque_objects(tree: Structure, leaves: Sequence[Any]) -> tuple[Any, ...]:
+    """Return the objects of a tree in which a dependence on the leaves may be hidden.
+
+    A float may have been a tensor, a closure may hold one. Integers and the like have
+    no derivative, and an object that is an argument did not come from the others.
+    """
+    return tuple(
+        value
+        for value in tree.constants.values()
+        if not isinstance(value, _WITHOUT_DERIVATIVE)
+        and not any(value is leaf for leaf in leaves)
+    )
+
+
+_WITHOUT_DERIVATIVE = (
+    type(None), int, str, bytes, type, torch.dtype, torch.device, torch.layout,
+)  # fmt: skip

@@ -20,6 +20,8 @@ R = TypeVar("R")
 class CustomJVP(StatedRule[P, R]):
     """A function with a forward-mode rule of its own; made by :func:`custom_jvp`."""
 
+    __slots__ = ()
+
     def defjvp(self, jvp: F) -> F:
         """State the rule: ``jvp(primals, tangents) -> (output, output_tangent)``.
 

@@ -29,6 +29,18 @@ F = TypeVar("F", bound=Callable[..., Any])
 class StatedRule(Generic[P, R]):
     """A callable that carries a rule: what custom_vjp and custom_jvp have in common."""
 
+    # Apart from the __dict__, which functools.wraps copies: Dynamo would guard on it.
+    __slots__ = (
+        "__dict__",
+        "__weakref__",
+        "_checker",
+        "_lowered",
+        "key",
+        "names",
+        "reads",
+        "rule",
+    )
+
     def __init__(self, rule: Rule) -> None:
         functools.update_wrapper(self, rule.fun)
         self.__name__ = rule.name
@@ -166,28 +178,33 @@ class BoundRule(Generic[P, R]):
     """A rule looked up on an instance, as a bound method is a function."""
 
     def __init__(self, rule: StatedRule[..., R], instance: Any) -> None:
-        self.rule = rule
-        self.instance = instance
+        # Side by side: Dynamo 2.11 does not find an attribute that has a __get__.
+        self.parts = (rule, instance)
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         """Call the method."""
-        return self.rule(self.instance, *args, **kwargs)
+        rule, instance = self.parts
+        return rule(instance, *args, **kwargs)
 
     def gradcheck(self, *args: P.args, **kwargs: P.kwargs) -> Report:
         """Check the rule on these arguments now; see :meth:`StatedRule.gradcheck`."""
-        return self.rule.gradcheck(self.instance, *args, **kwargs)
+        rule, instance = self.parts
+        return rule.gradcheck(instance, *args, **kwargs)
 
     @property
     def reports(self) -> tuple[Report, ...]:
         """What has been checked so far."""
-        return self.rule.reports
+        return self.parts[0].reports
 
     def __repr__(self) -> str:
-        return f"<bound {self.rule!r} of {self.instance!r}>"
+        rule, instance = self.parts
+        return f"<bound {rule!r} of {instance!r}>"
 
 
 class CustomVJP(StatedRule[P, R]):
     """A function with a backward of its own; made by :func:`custom_vjp`."""
+
+    __slots__ = ()
 
     def def_fwd(self, fwd: F) -> F:
         """State the forward: ``fwd(*args) -> (output, residuals)``.
