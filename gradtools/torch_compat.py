@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch._C import _autograd, _functorch
+from torch._functorch import pyfunctorch
 from torch._functorch.vmap import restore_vmap
 from torch._subclasses import fake_tensor
 from torch.autograd import forward_ad
@@ -27,6 +28,7 @@ __all__ = [
     "forward_ad_enabled",
     "graph_is_kept",
     "has_tangent",
+    "innermost_level",
     "is_differentiated",
     "is_fake",
     "is_foreign_subclass",
@@ -39,11 +41,25 @@ __all__ = [
     "requires_grad_at_any_level",
     "tangent_of",
     "transforms_active",
+    "unwrapped_to",
     "vmap_flat",
 ]
 
 transforms_active: Callable[[], bool] = torch._C._are_functorch_transforms_active
 """Whether any torch.func transform is running in this thread."""
+
+
+def innermost_level() -> int:
+    """Return the number of the innermost torch.func transform, 0 for none."""
+    return _functorch.maybe_current_level() or 0
+
+
+def unwrapped_to(level: int, tensor: torch.Tensor) -> Iterator[torch.Tensor]:
+    """Yield what a tensor wraps, from the outside in, down to the given level."""
+    while is_wrapped(tensor) and _functorch.maybe_get_level(tensor) > level:
+        tensor = _functorch.get_unwrapped(tensor)
+        yield tensor
+
 
 is_wrapped: Callable[[torch.Tensor], bool] = _functorch.is_functorch_wrapped_tensor
 """Whether a tensor belongs to a torch.func transform."""
@@ -104,9 +120,15 @@ def tangent_of(tensor: torch.Tensor) -> torch.Tensor | None:
 
 
 def has_tangent(tensor: torch.Tensor) -> bool:
-    """Whether a tensor moves at the open forward-mode level, also inside a Function."""
-    with forward_ad_enabled():
-        return tangent_of(tensor) is not None
+    """Whether a tensor moves at its own level of forward mode, also in a Function."""
+    level = max(_functorch.maybe_get_level(tensor), 0)
+    with contextlib.ExitStack() as stack:
+        while innermost_level() > level:
+            stack.enter_context(pyfunctorch.temporarily_pop_interpreter_stack())
+        if level and _interpreters()[-1].key() != _functorch.TransformType.Jvp:
+            return False
+        with forward_ad_enabled():
+            return tangent_of(tensor) is not None
 
 
 def requires_grad_at_any_level(tensor: torch.Tensor) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import threading
 import time
@@ -36,47 +37,72 @@ class Checker:
     """When a rule is checked, and what has been found of it so far.
 
     Attributes:
-        reports: One report per signature that was met.
+        reports: The last report for each signature that was met.
     """
 
     def __init__(self) -> None:
-        self.reports: list[Report] = []
+        self.reports: dict[str, Report] = {}
         self.lock = threading.RLock()
 
     def before_use(self, plan: Plan, leaves: Sequence[Any]) -> None:
         """Check the rule if its policy asks for it; raise again what was found."""
-        state = plan.state
-        if isinstance(state.checked, GradtoolsError):
-            raise state.checked
-        if is_checking() or (state.checked is not None and plan.policy != "always"):
-            return
         if plan.policy == "off":
-            state.checked = self.note(plan, "the policy is off")
-            return
-        with self.lock:
-            if state.checked is not None and plan.policy != "always":
-                return
-            reason = _obstacle(leaves)
-            if reason is not None:
-                state.checked = self.note(plan, reason)
-                _warn(plan.rule, reason)
-                return
-            try:
-                state.checked = examine(plan, leaves)
-            except GradtoolsError as error:
-                state.checked = error
-                raise
-            self.reports.append(state.checked)
-            for item in state.checked.evidence:
-                if item.outcome == "not checked":
-                    _warn(plan.rule, f"{item.question}: {item.detail}")
+            self.note(plan, "the policy is off")
+        elif not is_checking() and not _is_known(plan):
+            with self.lock:
+                if not _is_known(plan):
+                    self.check(plan, leaves)
 
-    def note(self, plan: Plan, reason: str) -> Report:
-        """Record that nothing was checked, and why."""
+    def check(self, plan: Plan, leaves: Sequence[Any]) -> None:
+        """Check the rule, and remember what was found."""
+        seen = bool(self.reports)
+        reason = _obstacle(leaves)
+        if reason is not None:
+            # A trace of a rule that was checked, or warned of, goes without a word.
+            if self.note(plan, reason) and not (seen and reason == _WITHOUT_VALUES):
+                _warn(plan.rule, reason)
+            return
+        try:
+            report = examine(plan, leaves)
+        except GradtoolsError as error:
+            plan.state.checked = copy.copy(error)  # without the frames of this call
+            raise
+        plan.state.checked = report
+        self.keep(report)
+        for item in report.evidence:
+            if item.outcome == "not checked":
+                _warn(plan.rule, f"{item.question}: {item.detail}")
+
+    def keep(self, report: Report) -> None:
+        """File a report."""
+        self.reports[report.signature] = report
+
+    def note(self, plan: Plan, reason: str) -> bool:
+        """Record that nothing was checked, and why; return whether that is news."""
+        if reason in plan.state.unchecked:
+            return False
+        plan.state.unchecked.add(reason)
         evidence = Evidence("everything", "not checked", reason)
         report = Report(plan.rule.where, describe(plan), (evidence,))
-        self.reports.append(report)
-        return report
+        self.reports.setdefault(report.signature, report)
+        return True
+
+    def before_trace(self, rule: Rule, policy: str) -> None:
+        """Say that a rule is traced that no call has checked yet."""
+        outcomes = {report.outcome for report in self.reports.values()}
+        if policy != "off" and not outcomes:
+            reason = "torch.compile traces it; call it once before, or use gradcheck()"
+            evidence = Evidence("everything", "not checked", reason)
+            self.keep(Report(rule.where, "under torch.compile", (evidence,)))
+            _warn(rule, reason)
+
+
+def _is_known(plan: Plan) -> bool:
+    """Whether the rule was checked at this signature; raise again if it was wrong."""
+    found = plan.state.checked
+    if isinstance(found, GradtoolsError):
+        raise copy.copy(found)
+    return found is not None and plan.policy != "always"
 
 
 def _warn(rule: Rule, reason: str) -> None:
@@ -85,13 +111,14 @@ def _warn(rule: Rule, reason: str) -> None:
     )
 
 
+_WITHOUT_VALUES = "the arguments are meta or fake tensors, without values"
+
+
 def _obstacle(leaves: Sequence[Any]) -> str | None:
     """Say why a check cannot run on these leaves."""
     tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
-    if any(tensor.is_meta for tensor in tensors):
-        return "the arguments are meta tensors, without values"
-    if any(torch_compat.is_fake(tensor) for tensor in tensors):
-        return "the arguments are fake tensors, without values"
+    if any(tensor.is_meta or torch_compat.is_fake(tensor) for tensor in tensors):
+        return _WITHOUT_VALUES
     strange = [t for t in tensors if torch_compat.is_foreign_subclass(t)]
     if strange:
         return (
@@ -141,6 +168,7 @@ class _Examination:
     def __init__(self, plan: Plan, leaves: Sequence[Any]) -> None:
         self.rule = plan.rule
         self.evaluations = 0
+        self.in_double = False
         self.generator = torch.Generator().manual_seed(0)
         given = plan.rule.probe
         if given is None:
@@ -153,8 +181,8 @@ class _Examination:
         self.state = random_state(self.probe.leaves)
 
     def run(self) -> list[Evidence]:
-        probe, in_double = self.widened()
-        evidence = [self.forward_agrees(probe, in_double=in_double)]
+        probe = self.widened()
+        evidence = [self.forward_agrees(probe)]
         claimed = self.rule.contract
         if isinstance(claimed, Surrogate):
             if claimed.reference is None:
@@ -164,7 +192,7 @@ class _Examination:
                 return evidence
             rule = dataclasses.replace(self.rule, bwd=claimed.reference)
             probe = Probe(dataclasses.replace(probe.plan, rule=rule), probe.leaves)
-        return evidence + self.derivative(probe, in_double=in_double)
+        return evidence + self.derivative(probe)
 
     # Running the user's functions.
 
@@ -182,19 +210,20 @@ class _Examination:
         with replayed(self.state):
             return probe.plan.forward(probe.leaves)
 
-    def widened(self) -> tuple[Probe, bool]:
+    def widened(self) -> Probe:
         """Return the probe in double precision, where the function takes that."""
         probe = probes.in_double(self.probe)
         try:
             self.fun(probe, probe.leaves)
             self.fwd(probe)
         except Exception:
-            return self.probe, False
-        return probe, True
+            return self.probe
+        self.in_double = True
+        return probe
 
     # The questions.
 
-    def forward_agrees(self, probe: Probe, *, in_double: bool) -> Evidence:
+    def forward_agrees(self, probe: Probe) -> Evidence:
         if self.rule.fwd is None:
             return Evidence("fwd agrees with fun", "passed", "fun itself runs")
         expected = self.fun(probe, probe.leaves)
@@ -204,7 +233,7 @@ class _Examination:
             if want.shape != got.shape or want.dtype != got.dtype:
                 raise self.wrong_forward(place, _of(want), _of(got))
             error = _relative_error(want, got)
-            tolerance = 1e-6 if in_double else 100 * _epsilon(want)
+            tolerance = 1e-6 if self.in_double else 100 * _epsilon(want)
             if error > tolerance:
                 raise self.wrong_forward(
                     place,
@@ -230,33 +259,24 @@ class _Examination:
             "it.",
         )
 
-    def derivative(self, probe: Probe, *, in_double: bool) -> list[Evidence]:
+    def derivative(self, probe: Probe) -> list[Evidence]:
         """Compare bwd with differences: together, then one by one for the culprit."""
         places = probe.places
-        budget = self.tolerance(in_double=in_double)
-        if isinstance(self.rule.contract, Approximate):
-            return [self.one(probe, [place], budget) for place in places]
-        together = self.measured(probe, places)
-        if together is not None and all(item.error <= budget for item in together):
-            worst = max(item.error for item in together)
-            detail = f"relative error {worst:.0e} along {len(together)} directions"
-            return [
-                Evidence(
-                    f"derivative in {_list(probe, places)}", "passed", detail, worst
-                )
-            ]
-        return [self.one(probe, [place], budget) for place in places]
+        if not isinstance(self.rule.contract, Approximate):
+            together = self.measured(probe, places)
+            if together is not None and all(map(self.is_allowed, together)):
+                return [_evidence(probe, places, together)]
+        return [self.one(probe, place) for place in places]
 
-    def one(self, probe: Probe, places: list[int], budget: float) -> Evidence:
-        question = f"derivative in {_list(probe, places)}"
-        measured = self.measured(probe, places)
+    def one(self, probe: Probe, place: int) -> Evidence:
+        measured = self.measured(probe, [place])
         if measured is None:
+            question = f"derivative in {_list(probe, [place])}"
             return Evidence(question, "not checked", "differences do not converge here")
-        worst = max(measured, key=lambda item: item.error)
-        if worst.error > budget:
-            raise self.wrong_derivative(probe, places[0], worst, budget)
-        detail = f"relative error {worst.error:.0e} along {len(measured)} directions"
-        return Evidence(question, "passed", detail, worst.error)
+        wrong = [item for item in measured if not self.is_allowed(item)]
+        if wrong:
+            raise self.wrong_derivative(probe, place, max(wrong, key=_error))
+        return _evidence(probe, [place], measured)
 
     def measured(self, probe: Probe, places: list[int]) -> list[Comparison] | None:
         """Compare along a few directions; None where differences mean nothing.
@@ -306,16 +326,22 @@ class _Examination:
         ]
         return found if all(item.is_conclusive for item in found) else None
 
-    def tolerance(self, *, in_double: bool) -> float:
+    def allowed(self, item: Comparison) -> float:
+        """Return the tolerance: what the contract says, else what was earned."""
         claimed = self.rule.contract
         if isinstance(claimed, Approximate):
-            return claimed.rel
-        if isinstance(claimed, Exact) and claimed.rtol is not None:
-            return claimed.rtol
-        return ROUGH_RTOL if in_double else 10 * ROUGH_RTOL
+            return claimed.rel + (claimed.abs or 0.0) / (item.scale or 1.0)
+        if isinstance(claimed, Exact) and (claimed.rtol or claimed.atol):
+            return (claimed.rtol or 0.0) + (claimed.atol or 0.0) / (item.scale or 1.0)
+        if not self.in_double:
+            return 10 * ROUGH_RTOL
+        return SMOOTH_RTOL if item.precision < SMOOTH_RTOL / 10 else ROUGH_RTOL
+
+    def is_allowed(self, item: Comparison) -> bool:
+        return item.error <= self.allowed(item)
 
     def wrong_derivative(
-        self, probe: Probe, place: int, worst: Comparison, budget: float
+        self, probe: Probe, place: int, worst: Comparison
     ) -> GradientMismatchError:
         path = probe.plan.signature.paths()[place]
         what = (
@@ -332,7 +358,7 @@ class _Examination:
                     path,
                     f"{worst.numeric:.6g} along a random direction, by differences",
                     f"{worst.analytic:.6g}, off by {worst.error:.1e} of its size "
-                    f"(allowed: {budget:.0e})",
+                    f"(allowed: {self.allowed(worst):.0e})",
                 )
             ],
             fix="Correct bwd; if it is meant to differ, declare "
@@ -341,8 +367,20 @@ class _Examination:
         )
 
 
+def _error(item: Comparison) -> float:
+    return item.error
+
+
 def _worst(found: Sequence[Comparison]) -> float:
-    return max((item.error for item in found), default=0.0)
+    return max(map(_error, found), default=0.0)
+
+
+def _evidence(
+    probe: Probe, places: Sequence[int], found: Sequence[Comparison]
+) -> Evidence:
+    bound = max((max(item.error, item.precision) for item in found), default=0.0)
+    detail = f"relative error below {bound:.0e} along {len(found)} directions"
+    return Evidence(f"derivative in {_list(probe, places)}", "passed", detail, bound)
 
 
 def _list(probe: Probe, places: Sequence[int]) -> str:

@@ -44,6 +44,11 @@ class Comparison:
         return beyond / self.scale if self.scale else beyond
 
     @property
+    def precision(self) -> float:
+        """How well the differences are known, relative to the derivative."""
+        return self.noise / self.scale if self.scale else 0.0
+
+    @property
     def is_conclusive(self) -> bool:
         """Whether the differences mean anything."""
         return math.isfinite(self.numeric) and self.noise <= 0.1 * max(

@@ -72,6 +72,10 @@ class Crossable(Protocol):
         """Call the rule in eager mode, with bound arguments."""
         ...
 
+    def before_trace(self) -> None:
+        """Say so if the rule has not been checked."""
+        ...
+
 
 _keys = itertools.count()
 _registry: weakref.WeakValueDictionary[str, Crossable] = weakref.WeakValueDictionary()
@@ -107,6 +111,7 @@ def call(target: Crossable, args: tuple[Any, ...], kwargs: dict[str, Any]) -> An
     if moving and _level_is_outside():
         _prepare(target.key)
         return _outside(target, entries)
+    _before_trace(target.key)
     if rule.bwd is None or moving or _must_cross():
         return _cross(target, entries, leaves, moving)
     if not _needs_gradient(leaves):
@@ -149,6 +154,11 @@ class Traced(Function):
 
 
 _STATE = State(watched={"fwd", "bwd"})
+
+
+@at_trace_time
+def _before_trace(key: str) -> None:
+    _registry[key].before_trace()
 
 
 @at_trace_time

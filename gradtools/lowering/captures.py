@@ -52,6 +52,7 @@ class Watch(TorchFunctionMode):
         super().__init__()
         self.rule = rule
         self.role = role
+        self.level = torch_compat.innermost_level()
         self.found: CapturedTensorError | None = None
         self.known: dict[int, weakref.ref[torch.Tensor]] = {}
         values = list(arguments)
@@ -95,13 +96,23 @@ class Watch(TorchFunctionMode):
 
     def remember(self, tensor: torch.Tensor) -> None:
         """Take a tensor for known: an argument, or made from arguments."""
-        key = id(tensor)
-        self.known[key] = weakref.ref(tensor, lambda _: self.known.pop(key, None))
+        for made in (tensor, *torch_compat.unwrapped_to(self.level, tensor)):
+            key = id(made)
+            self.known[key] = weakref.ref(made, functools.partial(self.forget, key))
+
+    def forget(self, key: int, _: Any) -> None:
+        """Let a tensor go that is no more; its number may be given to another one."""
+        self.known.pop(key, None)
 
     def is_known(self, tensor: torch.Tensor) -> bool:
-        """Whether a tensor is an argument, or was made inside."""
+        """Whether a tensor is an argument, or was made inside, by a transform also."""
         reference = self.known.get(id(tensor))
-        return reference is not None and reference() is tensor
+        if reference is not None and reference() is tensor:
+            return True
+        inside = next(torch_compat.unwrapped_to(self.level, tensor), None)
+        return inside is not None and (
+            self.is_known(inside) or not needs_gradient(inside)
+        )
 
 
 # What may be asked of a captured tensor: its metadata (a property that gives no tensor
@@ -325,31 +336,36 @@ _WITHOUT_TENSORS = (
 PLAIN = (torch.Tensor, *_WITHOUT_TENSORS)
 
 
-def _parts(value: Any) -> Iterator[tuple[str, Any]]:
+def _parts(value: Any) -> Iterable[tuple[str, Any]]:
     if isinstance(value, torch.nn.Module):
-        tensors = (*value.named_parameters(), *value.named_buffers())
-        yield from ((f".{name}", tensor) for name, tensor in tensors)
-        for prefix, module in value.named_modules():
-            for name, own in vars(module).items():
-                if not name.startswith("_"):
-                    yield f".{prefix}.{name}".replace("..", "."), own
-        return
-    if isinstance(value, types.FunctionType) and _is_library(value):
-        for name, cell in zip(value.__code__.co_freevars, value.__closure__ or ()):
-            if _is_assigned(cell):
-                yield f" closure variable {name!r}", cell.cell_contents
-        return
-    if isinstance(value, (types.FunctionType, types.MethodType, functools.partial)):
-        for label, steps in free_variables(value).items():
-            yield f" {label}", follow(value, steps)
-        return
+        return _parts_of_module(value)
+    if isinstance(value, _CALLABLE):
+        return _parts_of_callable(value)
     if isinstance(value, (set, frozenset)):
-        yield from (("{...}", child) for child in value)
-        return
+        return [("{...}", child) for child in value]
     below = trees.children(value)
-    if below is not None:
-        yield from below
-        return
+    return _attributes(value) if below is None else below
+
+
+def _parts_of_module(module: torch.nn.Module) -> Iterator[tuple[str, Any]]:
+    tensors = (*module.named_parameters(), *module.named_buffers())
+    yield from ((f".{name}", tensor) for name, tensor in tensors)
+    for prefix, inner in module.named_modules():
+        for name, own in vars(inner).items():
+            if not name.startswith("_"):
+                yield f".{prefix}.{name}".replace("..", "."), own
+
+
+def _parts_of_callable(function: Any) -> Iterator[tuple[str, Any]]:
+    for label, steps in free_variables(function).items():
+        yield f" {label}", follow(function, steps)
+    if _is_library(function):  # a pullback of torch.func's, say
+        for cell in getattr(function, "__closure__", None) or ():
+            if _is_assigned(cell):
+                yield " closure", cell.cell_contents
+
+
+def _attributes(value: Any) -> Iterator[tuple[str, Any]]:
     yield from (
         (f".{name}", child) for name, child in getattr(value, "__dict__", {}).items()
     )
@@ -400,7 +416,10 @@ def tensors_used(
 def _named_parts(value: Any, names: frozenset[str]) -> list[Any]:
     """Return the attributes of an object that have these names, properties aside."""
     own = getattr(value, "__dict__", {})
-    places = [own, *(own.get(f"_{k}", {}) for k in ("parameters", "buffers", "modules"))]
+    places = [
+        own,
+        *(own.get(f"_{k}", {}) for k in ("parameters", "buffers", "modules")),
+    ]
     found = [place[name] for place in places for name in names & place.keys()]
     slots = (name for name in names if _is_slot(getattr(type(value), name, None)))
     return found + [getattr(value, name, None) for name in slots]

@@ -18,8 +18,9 @@ import torch
 from gradtools import torch_compat
 from gradtools.errors import GradtoolsError, TransformError
 from gradtools.lowering import captures, contract, forward_mode
-from gradtools.lowering.replay import random_state, same
+from gradtools.lowering.replay import random_state, replayed, same
 from gradtools.lowering.residuals import Layout, lay_out, opaque_objects
+from gradtools.probing import probing
 from gradtools.rules.rule import Rule
 from gradtools.rules.signature import CallSignature
 from gradtools.trees import Structure
@@ -39,20 +40,24 @@ class State:
         draws: Whether fwd draws random numbers.
         foreign: Outputs that fwd did not make (a constant that it handed through).
         second_order: Why bwd and fwd cannot be differentiated; None if they can.
+        jvp_second_order: Why the jvp rule cannot be differentiated; None if it can.
         linear: Why bwd cannot be transposed; None if it can.
         jvp_linear: Why the jvp rule cannot be transposed; None if it can.
         tested: Preconditions that have been tested.
-        checked: What the gradient check keeps here.
+        checked: What the gradient check keeps here: a report, or an error.
+        unchecked: Why calls went unchecked, as far as the report says so.
     """
 
     watched: set[str] = dataclasses.field(default_factory=set)
     draws: bool = False
     foreign: frozenset[int] = frozenset()
     second_order: TransformError | None = None
+    jvp_second_order: TransformError | None = None
     linear: TransformError | None = None
     jvp_linear: TransformError | None = None
     tested: set[str] = dataclasses.field(default_factory=set)
     checked: Any = None
+    unchecked: set[str] = dataclasses.field(default_factory=set)
 
 
 class Lowerable(Protocol):
@@ -208,11 +213,15 @@ class Plan:
         if "bwd" in self.state.watched:
             returned = self.call_bwd(layout, kept, cotangents, needs)
         else:
-            objects = layout.residuals.constants.values()
-            given = (*kept, *cotangents, *objects, *_inside(layout.opaque))
-            with captures.Watch(self.rule, "bwd", given):
-                returned = self.call_bwd(layout, kept, cotangents, needs)
-            self.state.watched.add("bwd")
+            count = len(kept)
+            returned = self._first(
+                "bwd",
+                lambda given: self.call_bwd(
+                    layout, given[:count], given[count:], needs
+                ),
+                (*kept, *cotangents),
+                (*layout.residuals.constants.values(), *_inside(layout.opaque)),
+            )
         cast = bool(self.autocast) or self.rule.autocast is not None
         return contract.cotangents(
             self.rule, self.signature, returned, cast=cast, leading=leading
@@ -250,14 +259,28 @@ class Plan:
         leading: tuple[int, ...] = (),
     ) -> Optional:
         """Run the user's jvp rule; return one tangent per output tensor."""
-        rule, signature = self.rule, self.signature
+        signature = self.signature
         filled = [
             torch.zeros_like(leaf) if tangent is None and meta is not None else tangent
             for leaf, tangent, meta in zip(
                 leaves, tangents, signature.metas, strict=True
             )
         ]
-        primals, moved = signature.entries(leaves), signature.entries(filled)
+        if "jvp" in self.state.watched:
+            returned = self.call_jvp(leaves, filled)
+        else:
+            count = len(leaves)
+            returned = self._first(
+                "jvp",
+                lambda given: self.call_jvp(given[:count], given[count:]),
+                (*leaves, *filled),
+            )
+        return contract.output_tangents(self.rule, returned, outs)
+
+    def call_jvp(self, leaves: Sequence[Any], tangents: Sequence[Any]) -> Any:
+        """Run the user's jvp rule on the user's containers; return what it returned."""
+        rule, signature = self.rule, self.signature
+        primals, moved = signature.entries(leaves), signature.entries(tangents)
         nondiff = rule.parameters.nondiff
         first = [
             *(primals[:1] if rule.jvp_takes_self else ()),
@@ -265,17 +288,12 @@ class Plan:
         ]
         given = tuple(p for i, p in enumerate(primals) if i not in nondiff)
         moved = tuple(t for i, t in enumerate(moved) if i not in nondiff)
-        watch: Any = contextlib.nullcontext()
-        if "jvp" not in self.state.watched:
-            watch = captures.Watch(rule, "jvp", (*leaves, *filled))
         try:
-            with self.under_autocast(), watch:
-                returned = rule.jvp(*first, given, moved)  # type: ignore[misc]
+            with self.under_autocast():
+                return rule.jvp(*first, given, moved)  # type: ignore[misc]
         except Exception as error:
             _note(error, rule, "jvp")
             raise
-        self.state.watched.add("jvp")
-        return contract.output_tangents(rule, returned, outs)
 
     @contextlib.contextmanager
     def under_autocast(self) -> Iterator[None]:
@@ -309,6 +327,34 @@ class Plan:
         )
         self.state.watched.add("fwd")
         return out, residuals
+
+    def _first(
+        self,
+        role: str,
+        run: Callable[[Sequence[Any]], Any],
+        values: Sequence[Any],
+        objects: Iterable[Any] = (),
+    ) -> Any:
+        """Run bwd or jvp for the first time, and look for captured tensors.
+
+        Args:
+            role: Which of the two it is.
+            run: Calls it on flat values.
+            values: The values.
+            objects: What else it is given.
+        """
+        if torch.is_grad_enabled() and not torch_compat.transforms_active():
+            # What a Function that is called inside returns would look captured.
+            bare = [x.detach() if isinstance(x, torch.Tensor) else x for x in values]
+            watch = captures.Watch(self.rule, role, (*bare, *objects))
+            with probing(), replayed(random_state(values)), torch.no_grad(), watch:
+                run(bare)
+            returned = run(values)
+        else:
+            with captures.Watch(self.rule, role, (*values, *objects)):
+                returned = run(values)
+        self.state.watched.add(role)
+        return returned
 
     def _refuse_captured(self, new: Tensors, leaves: Sequence[Any]) -> None:
         """Raise for a residual that needs a gradient and is no argument's."""
@@ -345,9 +391,7 @@ def _traced(leaves: Sequence[Any]) -> bool:
 
 def _inside(objects: Iterable[Any]) -> list[torch.Tensor]:
     """Return the tensors inside opaque objects."""
-    return [
-        tensor for value in objects for _, tensor in captures.hidden_tensors(value)
-    ]
+    return [tensor for value in objects for _, tensor in captures.hidden_tensors(value)]
 
 
 def _note(error: Exception, rule: Rule, role: str) -> None:

@@ -89,7 +89,9 @@ class Composable(Function):
             like = layout.only_floating(outs)
             made = leaves if new or layout.opaque else None
             preconditions.second_order(plan, layout, kept, like, made)
-            if plan.moving and not plan.has_jvp:
+            if plan.moving and plan.has_jvp:
+                preconditions.jvp_second_order(plan, layout, leaves, outs)
+            elif plan.moving:
                 preconditions.linearity(plan, layout, kept, outs)
         return *outs, *(tensor.detach() for tensor in new), layout
 
@@ -151,6 +153,7 @@ class Composable(Function):
             primals = [None if t is None else torch_compat.primal_of(t) for t in saved]
             leaves = _filled(primals[:count], ctx.constants)
             outs, new = _parted(layout, primals[count:])
+            preconditions.refuse_differentiated(plan, (*primals, *tangents))
             if plan.has_jvp:
                 moved = plan.jvp(layout, leaves, tangents, outs)
             elif plan.state.linear is not None:

@@ -23,7 +23,15 @@ from gradtools.lowering.residuals import Layout
 from gradtools.probing import probing
 from gradtools.rules.rule import Rule
 
-__all__ = ["jvp_linearity", "linearity", "refusal", "refuse_nonzero", "second_order"]
+__all__ = [
+    "jvp_linearity",
+    "jvp_second_order",
+    "linearity",
+    "refusal",
+    "refuse_differentiated",
+    "refuse_nonzero",
+    "second_order",
+]
 
 
 def refusal(plan: Lowerable) -> TransformError | None:
@@ -48,6 +56,22 @@ def refuse_nonzero(error: TransformError, values: Optional) -> None:
         bare = torch_compat.plain(value)
         if torch_compat.is_fake(bare) or bare.is_meta or bool((bare != 0).any()):
             raise error
+
+
+def refuse_differentiated(plan: Lowerable, values: Sequence[Any]) -> None:
+    """Raise where forward mode would be differentiated again, and cannot be.
+
+    Args:
+        plan: The rule at a signature.
+        values: What the tangent is computed from.
+    """
+    error = plan.state.jvp_second_order if plan.has_jvp else refusal(plan)
+    if error is not None and any(
+        torch_compat.is_differentiated(value)
+        for value in values
+        if isinstance(value, torch.Tensor)
+    ):
+        raise error
 
 
 def second_order(
@@ -88,6 +112,18 @@ def linearity(plan: Lowerable, layout: Layout, kept: Tensors, outs: Tensors) -> 
             plan, layout, kept, outs
         )
     plan.state.tested.add("linearity")
+
+
+def jvp_second_order(
+    plan: Lowerable, layout: Layout, leaves: Sequence[Any], outs: Tensors
+) -> None:
+    """Find out whether the jvp rule can be differentiated."""
+    tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+    if not _to_be_tested(plan, "jvp_second_order", tensors):
+        return
+    with probing(), torch_compat.clean_autograd():
+        plan.state.jvp_second_order = _opaque_jvp(plan, layout, leaves, outs)
+    plan.state.tested.add("jvp_second_order")
 
 
 def jvp_linearity(
@@ -170,44 +206,85 @@ def _opaque_fwd(
 def _opaque_bwd(
     plan: Lowerable, layout: Layout, kept: Tensors, cotangents: Optional
 ) -> TransformError | None:
-    given = [None if c is None else _pattern(c) for c in cotangents]
     needs = [meta is not None for meta in plan.signature.metas]
-    state = random_state(kept)
+    count = len(kept)
 
-    def bwd(kept: Tensors, cotangents: Optional) -> Optional:
-        with replayed(state):
-            return plan.backward(layout, kept, cotangents, needs)
+    def bwd(values: Sequence[Any]) -> Optional:
+        return plan.backward(layout, values[:count], values[count:], needs)
 
-    paths = plan.signature.paths()
+    given = [None if c is None else _pattern(c) for c in cotangents]
+    role = "jvp" if plan.rule.bwd is None else "bwd"
     try:
-        with torch.enable_grad():
-            tracked = _tracked(kept)
-            values = bwd(tracked, given)
-            through = bwd(_detached(kept), _tracked(given))
+        found = _unseen(bwd, [*kept, *given])
     except Exception as error:
-        return _opaque(plan.rule, "bwd", "the incoming cotangent", error)
-    for value, path in zip(through, paths, strict=True):
-        if value is not None and not value.requires_grad and bool((value != 0).any()):
-            return _opaque(
-                plan.rule, "bwd", f"the incoming cotangent, for {path}", None
-            )
-    for k, tensor in enumerate(tracked):
+        return _opaque(plan.rule, role, "the incoming cotangent", error)
+    if found is None:
+        return None
+    place, result = found
+    what = (
+        _place_of(layout, *layout.kept[place])
+        if place < count
+        else "the incoming cotangent"
+    )
+    path = plan.signature.paths()[result]
+    return _opaque(plan.rule, role, f"{what}, for {path}", None)
+
+
+def _opaque_jvp(
+    plan: Lowerable, layout: Layout, leaves: Sequence[Any], outs: Tensors
+) -> TransformError | None:
+    count = len(leaves)
+    able = [meta is not None for meta in plan.signature.metas]
+
+    def jvp(values: Sequence[Any]) -> Optional:
+        return plan.jvp(layout, values[:count], values[count:], outs)
+
+    moving = [_pattern(x) if can else None for x, can in zip(leaves, able, strict=True)]
+    try:
+        found = _unseen(jvp, [*leaves, *moving])
+    except Exception as error:
+        return _opaque(plan.rule, "jvp", "the tangents", error)
+    if found is None:
+        return None
+    path = plan.signature.paths()[found[0] % count]
+    what = path if found[0] < count else f"the tangent of {path}"
+    return _opaque(plan.rule, "jvp", what, None)
+
+
+def _unseen(
+    function: Callable[[Sequence[Any]], Optional], values: Sequence[Any]
+) -> tuple[int, int] | None:
+    """Find an argument and a result between which torch sees no connection.
+
+    There is one: the result moves with the argument.
+    """
+    state = random_state(values)
+
+    def run(values: Sequence[Any]) -> Optional:
+        with replayed(state):
+            return function(values)
+
+    with torch.enable_grad():
+        tracked = _tracked(values)
+        results = run(tracked)
+    for place, tensor in enumerate(tracked):
         if not _floating(tensor):
             continue
         blind = [
-            i for i, v in enumerate(values) if v is not None and not _reaches(v, tensor)
+            index
+            for index, result in enumerate(results)
+            if result is not None and not _reaches(result, tensor)
         ]
         if not blind:
             continue
         with torch.no_grad():
-            near = _off_zero(kept)
-            before = bwd(near, given)
-            near[k] = _moved([near[k]])[0]
-            moved = bwd(near, given)
-        for i in blind:
-            if not _equal(before[i], moved[i]):
-                where = _place_of(layout, *layout.kept[k])
-                return _opaque(plan.rule, "bwd", f"{where}, for {paths[i]}", None)
+            near = _off_zero(values)
+            before = run(near)
+            near[place] = _moved([near[place]])[0]
+            after = run(near)
+        for index in blind:
+            if not _equal(before[index], after[index]):
+                return place, index
     return None
 
 

@@ -64,6 +64,10 @@ class StatedRule(Generic[P, R]):
         """Call the function with arguments that are bound already, in eager mode."""
         return (self._lowered or self._lower()).run_entries(tuple(entries))
 
+    def before_trace(self) -> None:
+        """Warn where torch.compile traces the rule before any call has checked it."""
+        self._checker.before_trace(self.rule, current_policy())
+
     def _lower(self) -> Lowered:
         self._lowered = Lowered(self.rule, self._checker.before_use, current_policy)
         return self._lowered
@@ -123,13 +127,13 @@ class StatedRule(Generic[P, R]):
         report = examine(
             *lowered.plan_for_check(self.rule.parameters.bind(args, kwargs))
         )
-        self._checker.reports.append(report)
+        self._checker.keep(report)
         return report
 
     @property
     def reports(self) -> tuple[Report, ...]:
         """What has been checked so far, one report per signature."""
-        return tuple(self._checker.reports)
+        return tuple(self._checker.reports.values())
 
     # As a method.
 

@@ -1,0 +1,230 @@
+"""When a rule is checked: at its first use, by policy, and what is remembered."""
+
+import warnings
+
+import pytest
+import torch
+
+import gradtools as gt
+from gradtools.gradcheck import policy
+
+
+def sine(factor=1.0):
+    """A rule; wrong where the factor is not 1."""
+
+    @gt.custom_vjp
+    def sine(x):
+        return torch.sin(x)
+
+    @sine.def_bwd
+    def _(residuals, g):
+        ((x,), _) = residuals
+        return factor * g * torch.cos(x)
+
+    return sine
+
+
+def x(count=3):
+    return torch.linspace(0.1, 1.0, count)
+
+
+def _under_hooks(f):
+    def spoil(tensor):
+        raise AssertionError("the check ran under the caller's hooks")
+
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t, spoil):
+        return f(x().requires_grad_())
+
+
+def _under_autocast(f):
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        return f(x().requires_grad_())
+
+
+USES = {
+    "backward": lambda f: f(x().requires_grad_()),
+    "grad": lambda f: torch.func.grad(lambda x: f(x).sum())(x()),
+    "vmap of grad": lambda f: torch.func.vmap(torch.func.grad(f))(x()),
+    "grad of vmap": lambda f: torch.func.grad(lambda x: torch.func.vmap(f)(x).sum())(
+        x()
+    ),
+    "jvp": lambda f: torch.func.jvp(f, (x(),), (x(),)),
+    "hessian": lambda f: torch.func.hessian(lambda x: f(x).sum())(x()),
+    "checkpoint": lambda f: torch.utils.checkpoint.checkpoint(
+        f, x().requires_grad_(), use_reentrant=False
+    ),
+    "saved-tensor hooks": _under_hooks,
+    "autocast": _under_autocast,
+}
+
+
+@pytest.mark.parametrize("use", USES)
+def test_a_rule_is_checked_at_its_first_use(use):
+    right, wrong = sine(), sine(2.0)
+    USES[use](right)
+    assert [report.outcome for report in right.reports] == ["passed"]
+    with pytest.raises(gt.GradientMismatchError, match="not the derivative"):
+        USES[use](wrong)
+
+
+def test_nothing_is_checked_where_no_gradient_is_wanted():
+    rule = sine(2.0)
+    rule(x())
+    with torch.no_grad():
+        rule(x().requires_grad_())
+    torch.func.vmap(rule)(x())
+    assert rule.reports == ()
+
+
+def test_a_signature_is_checked_once():
+    rule = sine()
+    for count in (3, 3, 4, 5):
+        rule(x(count).requires_grad_())
+    assert len(rule.reports) == 1
+    rule(x(1).requires_grad_())
+    rule(x(3).float().requires_grad_())
+    assert len(rule.reports) == 3
+
+
+def test_a_failure_is_remembered_and_raised_again():
+    rule = sine(2.0)
+    errors = []
+    for _ in range(2):
+        with pytest.raises(gt.GradientMismatchError, match="not the derivative") as e:
+            rule(x().requires_grad_())
+        errors.append(e.value)
+    assert errors[0] is not errors[1]
+    assert str(errors[0]) == str(errors[1])
+
+
+def test_policy_off_runs_the_rule_unchecked_and_says_so():
+    rule = sine(2.0)
+    arg = x().requires_grad_()
+    with gt.gradcheck_policy("off"):
+        (grad,) = torch.autograd.grad(rule(arg).sum(), arg)
+    torch.testing.assert_close(grad, 2 * torch.cos(arg))
+    (report,) = rule.reports
+    assert report.outcome == "not checked"
+    assert "the policy is off" in str(report)
+
+
+def test_a_rule_first_used_under_policy_off_is_checked_later():
+    rule = sine(2.0)
+    with gt.gradcheck_policy("off"):
+        rule(x().requires_grad_())
+    with pytest.raises(gt.GradientMismatchError, match="not the derivative"):
+        rule(x().requires_grad_())
+    with gt.gradcheck_policy("off"):
+        rule(x().requires_grad_())
+
+
+def test_policy_always_checks_every_call():
+    calls = []
+    rule = sine()
+    rule.def_fwd(lambda x: (torch.sin(x), calls.append(gt.is_checking()) or ((x,), 0)))
+    with gt.gradcheck_policy("always"):
+        rule(x().requires_grad_())
+        count = calls.count(True)
+        rule(x().requires_grad_())
+    assert count > 0
+    assert calls.count(True) == 2 * count
+    assert len(rule.reports) == 1
+
+
+def test_the_policy_reaches_backward_threads_and_is_a_decorator_too():
+    @gt.gradcheck_policy("off")
+    def run():
+        arg = x().requires_grad_()
+        sine(2.0)(arg).sum().backward()
+        return arg.grad
+
+    torch.testing.assert_close(run(), 2 * torch.cos(x()))
+    torch.testing.assert_close(run(), 2 * torch.cos(x()))
+
+
+def test_an_unknown_policy_is_an_error(monkeypatch):
+    with pytest.raises(gt.DefinitionError, match="'never', which is none of 'first'"):
+        gt.gradcheck_policy("never")
+    monkeypatch.setenv("GRADTOOLS_GRADCHECK", "sometimes")
+    policy._from_environment.cache_clear()
+    with pytest.raises(gt.DefinitionError, match="GRADTOOLS_GRADCHECK asks for"):
+        sine()(x().requires_grad_())
+    monkeypatch.undo()
+    policy._from_environment.cache_clear()
+
+
+def test_is_checking_tells_a_check_from_a_call():
+    log = []
+
+    @gt.custom_vjp
+    def double(x):
+        if not gt.is_checking():
+            log.append(tuple(x.shape))
+        return 2 * x
+
+    double.def_bwd(lambda residuals, g: 2 * g)
+    double(x().requires_grad_())
+    assert log == [(3,)]
+    assert not gt.is_checking()
+
+
+def test_a_check_leaves_the_arguments_and_the_random_state_alone():
+    rule = sine()
+    arg = torch.randn(3, requires_grad=True)
+    before, values, version = torch.get_rng_state(), arg.detach().clone(), arg._version
+    rule(arg)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(arg, values)
+    assert (arg.grad, arg._version) == (None, version)
+
+
+@pytest.mark.parametrize(
+    ("arg", "reason"),
+    [
+        (lambda: x().to("meta").requires_grad_(), "meta or fake tensors"),
+        (
+            lambda: torch.zeros(2**22 + 1, requires_grad=True),
+            "smaller ones with probe=",
+        ),
+    ],
+)
+def test_what_cannot_be_checked_is_a_warning(arg, reason):
+    rule = sine(2.0)
+    with pytest.warns(UserWarning, match=f"did not check the rule sine.*{reason}"):
+        rule(arg())
+    assert [report.outcome for report in rule.reports] == ["not checked"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        rule(arg())
+    with pytest.raises(gt.GradientMismatchError, match="not the derivative"):
+        rule(x().requires_grad_())
+
+
+def test_tracing_an_unchecked_rule_is_a_warning():
+    rule, arg = sine(), x().requires_grad_()
+    compiled = torch.compile(rule, backend="aot_eager", fullgraph=True)
+    with pytest.warns(UserWarning, match="torch.compile traces it; call it once"):
+        compiled(arg)
+
+
+def test_tracing_a_checked_rule_is_silent():
+    rule, arg = sine(), x().requires_grad_()
+    rule(arg)
+    torch.compile(rule, backend="aot_eager", fullgraph=True)(arg)
+
+
+def test_a_report_prints_as_a_table():
+    report = sine().gradcheck(x())
+    first, second, *rows = str(report).splitlines()
+    assert "passed in" in first
+    assert "evaluations" in first
+    assert second == "  x: (3,) float64"
+    assert rows[0].split("  ")[1].strip() == "passed"
+    assert "derivative in x" in rows[1]
+
+
+def test_what_is_bad_in_a_contract_is_raised_by_the_check_as_itself():
+    rule = sine()
+    rule.def_bwd(lambda residuals, g: (g, g))
+    with pytest.raises(gt.BackwardContractError, match="bwd returned"):
+        rule.gradcheck(x())
