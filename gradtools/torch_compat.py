@@ -29,6 +29,7 @@ __all__ = [
     "graph_is_kept",
     "has_tangent",
     "innermost_level",
+    "is_at_open_level",
     "is_differentiated",
     "is_fake",
     "is_foreign_subclass",
@@ -52,6 +53,11 @@ transforms_active: Callable[[], bool] = torch._C._are_functorch_transforms_activ
 def innermost_level() -> int:
     """Return the number of the innermost torch.func transform, 0 for none."""
     return _functorch.maybe_current_level() or 0
+
+
+def is_at_open_level(tensor: torch.Tensor) -> bool:
+    """Whether the transform that a tensor belongs to is running here, or none."""
+    return _functorch.maybe_get_level(tensor) <= innermost_level()
 
 
 def unwrapped_to(level: int, tensor: torch.Tensor) -> Iterator[torch.Tensor]:
@@ -119,13 +125,18 @@ def tangent_of(tensor: torch.Tensor) -> torch.Tensor | None:
     return forward_ad.unpack_dual(tensor, level=0).tangent
 
 
+def _is_forward_mode(interpreters: Sequence[Any] | None) -> bool:
+    """Whether the innermost of the running transforms is torch.func.jvp."""
+    return bool(interpreters) and interpreters[-1].key() == _functorch.TransformType.Jvp
+
+
 def has_tangent(tensor: torch.Tensor) -> bool:
     """Whether a tensor moves at its own level of forward mode, also in a Function."""
     level = max(_functorch.maybe_get_level(tensor), 0)
     with contextlib.ExitStack() as stack:
         while innermost_level() > level:
             stack.enter_context(pyfunctorch.temporarily_pop_interpreter_stack())
-        if level and _interpreters()[-1].key() != _functorch.TransformType.Jvp:
+        if level and not _is_forward_mode(_interpreters()):
             return False
         with forward_ad_enabled():
             return tangent_of(tensor) is not None

@@ -46,16 +46,12 @@ def children(node: Any) -> list[tuple[str, Any]] | None:
         return [(f"[{key!r}]", child) for key, child in node.items()]
     if is_leaf(node):
         return None
-    below = pytree.tree_flatten(node, is_leaf=lambda x: x is not node)[0]
-    return list(zip(_keys(node, len(below)), below, strict=True))
-
-
-def _keys(node: Any, count: int) -> list[str]:
-    try:
-        pairs = pytree.tree_flatten_with_path(node, is_leaf=lambda x: x is not node)[0]
-    except ValueError:  # a type registered without names for its children
-        return [f"[{index}]" for index in range(count)]
-    return [pytree.keystr(path) for path, _ in pairs]
+    kind = pytree.SUPPORTED_NODES[pytree._get_node_type(node)]
+    if kind.flatten_with_keys_fn is None:  # registered without names for its children
+        below = kind.flatten_fn(node)[0]
+        return [(f"[{index}]", child) for index, child in enumerate(below)]
+    pairs = kind.flatten_with_keys_fn(node)[0]
+    return [(pytree.keystr((key,)), child) for key, child in pairs]
 
 
 def paths(tree: Any, root: str = "") -> list[str]:

@@ -52,6 +52,7 @@ class Watch(TorchFunctionMode):
         super().__init__()
         self.rule = rule
         self.role = role
+        self.function = getattr(rule, role)
         self.level = torch_compat.innermost_level()
         self.found: CapturedTensorError | None = None
         self.known: dict[int, weakref.ref[torch.Tensor]] = {}
@@ -65,11 +66,13 @@ class Watch(TorchFunctionMode):
         self, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
+        if name != "__get__" and name not in _WITHOUT_GRADIENT:
+            self.refuse(_tensors_in((args, kwargs)))
         result = func(*args, **kwargs)
         produced = list(_tensors_in(result))
-        name = getattr(func, "__name__", "")
-        if name not in _WITHOUT_GRADIENT and (produced or name != "__get__"):
-            self.refuse(_tensors_in((args, kwargs)))
+        if name == "__get__" and produced:
+            self.refuse(_tensors_in(args))
         for tensor in produced:
             self.remember(tensor)
         return result
@@ -89,8 +92,7 @@ class Watch(TorchFunctionMode):
         """
         for tensor in tensors:
             if needs_gradient(tensor) and not self.is_known(tensor):
-                function = getattr(self.rule, self.role)
-                where = name_of(tensor, function, self.objects)
+                where = name_of(tensor, self.function, self.objects)
                 self.found = captured(self.rule, self.role, place + where)
                 raise self.found
 
@@ -105,13 +107,18 @@ class Watch(TorchFunctionMode):
         self.known.pop(key, None)
 
     def is_known(self, tensor: torch.Tensor) -> bool:
-        """Whether a tensor is an argument, or was made inside, by a transform also."""
+        """Whether a tensor is an argument, or was made inside."""
         reference = self.known.get(id(tensor))
         if reference is not None and reference() is tensor:
             return True
+        # A transform that is opened inside wraps what it is given. Its number may be
+        # that of one outside, which is set aside while the function runs.
         inside = next(torch_compat.unwrapped_to(self.level, tensor), None)
-        return inside is not None and (
-            self.is_known(inside) or not needs_gradient(inside)
+        return (
+            inside is not None
+            and (self.is_known(inside) or not needs_gradient(inside))
+            and torch_compat.is_at_open_level(tensor)
+            and place_of(tensor, self.function, self.objects) is None
         )
 
 
@@ -301,7 +308,9 @@ def _names_in(code: types.CodeType) -> frozenset[str]:
     return frozenset(name for inner in _codes(code) for name in inner.co_names)
 
 
-def name_of(tensor: torch.Tensor, function: Any, objects: Iterable[Any] = ()) -> str:
+def place_of(
+    tensor: torch.Tensor, function: Any, objects: Iterable[Any] = ()
+) -> str | None:
     """Say through which name, or which argument, a tensor reached a function."""
     places = [
         (label, follow(function, steps))
@@ -312,7 +321,13 @@ def name_of(tensor: torch.Tensor, function: Any, objects: Iterable[Any] = ()) ->
         for path, found in _reachable(value, "", 3, set()):
             if found is tensor:
                 return label + path
-    return f"a tensor of shape {tuple(tensor.shape)} that is no argument"
+    return None
+
+
+def name_of(tensor: torch.Tensor, function: Any, objects: Iterable[Any] = ()) -> str:
+    """Say where a function has a tensor from, or else what it looks like."""
+    place = place_of(tensor, function, objects)
+    return place or f"a tensor of shape {tuple(tensor.shape)} that is no argument"
 
 
 def _reachable(

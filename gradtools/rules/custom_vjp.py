@@ -185,6 +185,10 @@ class BoundRule(Generic[P, R]):
         # Side by side: Dynamo 2.11 does not find an attribute that has a __get__.
         self.parts = (rule, instance)
 
+    @property
+    def __name__(self) -> str:
+        return self.parts[0].rule.name
+
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         """Call the method."""
         rule, instance = self.parts

@@ -32,5 +32,5 @@ def test_double_backward_with_the_eager_backend(agree):
 
 
 def test_double_backward_through_aot_autograd_is_an_error(case):
-    with pytest.raises(RuntimeError, match="support double backward|not .* used in"):
+    with pytest.raises(RuntimeError, match=r"double backward|not .* used|require grad"):
         second_derivative(case.rule, case.inputs(), "aot_eager")

@@ -6,6 +6,7 @@ import torch
 from tests.transforms.compositions import every
 
 
+@pytest.mark.usefixtures("_traceable_jacfwd")
 def test_compiled_jacfwd_of_jacfwd(case, agree, compiled):
     if str(case) == "complex":
         pytest.skip("pytorch#160508: Dynamo fails on a scalar in nested forward mode")
