@@ -11,7 +11,10 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from torch._C import _autograd, _functorch
+from torch._C import (
+    _autograd,
+    _functorch,  # pyright: ignore[reportAttributeAccessIssue]
+)
 from torch._functorch import pyfunctorch
 from torch._functorch.vmap import restore_vmap
 from torch._subclasses import fake_tensor
@@ -174,7 +177,9 @@ is_fake: Callable[[torch.Tensor], bool] = fake_tensor.is_fake
 
 def is_foreign_subclass(tensor: torch.Tensor) -> bool:
     """Whether a tensor is of a type with a behaviour of its own, such as DTensor."""
-    return type(tensor).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__
+    usual: Any = torch.Tensor
+    own: Any = type(tensor)
+    return own.__torch_dispatch__ is not usual.__torch_dispatch__
 
 
 def is_view(tensor: torch.Tensor) -> bool:

@@ -125,7 +125,8 @@ class Batched:
             given = tensors[:count], tensors[count:]
             return self.inner.backward(layout.inner, *given, needs, leading=leading)
 
-        dims = (*layout.kept_dims, *_where(cotangents, layout.out_dims))
+        kept_dims: Any = layout.kept_dims
+        dims = (*kept_dims, *_where(cotangents, layout.out_dims))
         values, value_dims = self.map(run, (*kept, *cotangents), dims, leading)
         return [
             _placed(value, dim, in_dim, self.size, len(leading), reduce=True)

@@ -52,11 +52,13 @@ def unseen(function: Callable[P, R]) -> Callable[P, R]:
     After a graph break Dynamo goes on with whatever Python frame comes next: with the
     rooms of gradtools, and with the user's functions in the midst of a check.
     """
-    _frames.set_code_exec_strategy(function.__code__, _SKIP)  # type: ignore[attr-defined]
+    code: Any = function
+    _frames.set_code_exec_strategy(code.__code__, _SKIP)
     return function
 
 
-_frames: Any = torch._C._dynamo.eval_frame
+_C: Any = torch._C
+_frames: Any = _C._dynamo.eval_frame
 _SKIP = _frames._FrameExecStrategy(_frames._FrameAction.SKIP, _frames._FrameAction.SKIP)
 
 
@@ -224,7 +226,7 @@ def _cross(
     target: Crossable, entries: Sequence[Any], leaves: Sequence[Any], moving: bool
 ) -> Any:
     """Call a rule through a call that Dynamo does not look into."""
-    {target.key}  # noqa: B018 (a constant from here on, see below)
+    _ = {target.key}  # a constant from here on, see below
     _prepare(target.key)
     skeleton: Any = tuple(range(len(leaves)))
     if len(entries) != len(leaves) or any(
@@ -246,7 +248,7 @@ def _cross(
     for number in numbers:
         # As the key of a set a number must be a constant; as an argument Dynamo may
         # make a symbol of it, and guard on nothing.
-        {number}  # noqa: B018
+        _ = {number}
     moved = True if moving else False  # noqa: SIM210 (a constant to Dynamo)
     return _crossing(target.key, skeleton, given, holes, moved)
 

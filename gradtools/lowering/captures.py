@@ -92,7 +92,9 @@ class Watch(TorchFunctionMode):
         """
         for tensor in tensors:
             if needs_gradient(tensor) and not self.is_known(tensor):
-                where = name_of(tensor, self.function, self.objects)
+                within = (tensor, *torch_compat.unwrapped_to(self.level, tensor))
+                places = (place_of(t, self.function, self.objects) for t in within)
+                where = next(filter(None, places), unnamed(tensor))
                 self.found = captured(self.rule, self.role, place + where)
                 raise self.found
 
@@ -248,10 +250,9 @@ def _collect(
                 take(f"closure variable {name!r}{of}", ("cell", index))
         for name in _globals_in(code) & function.__globals__.keys():
             take(f"global {name!r}", ("global", name))
-        for index in range(len(function.__defaults__ or ())):
-            parameter = code.co_varnames[
-                code.co_argcount - len(function.__defaults__) + index
-            ]
+        defaults = function.__defaults__ or ()
+        for index in range(len(defaults)):
+            parameter = code.co_varnames[code.co_argcount - len(defaults) + index]
             take(
                 f"default of parameter {parameter!r}{of}",
                 ("attribute", "__defaults__"),
@@ -326,8 +327,12 @@ def place_of(
 
 def name_of(tensor: torch.Tensor, function: Any, objects: Iterable[Any] = ()) -> str:
     """Say where a function has a tensor from, or else what it looks like."""
-    place = place_of(tensor, function, objects)
-    return place or f"a tensor of shape {tuple(tensor.shape)} that is no argument"
+    return place_of(tensor, function, objects) or unnamed(tensor)
+
+
+def unnamed(tensor: torch.Tensor) -> str:
+    """Describe a tensor that no name leads to."""
+    return f"a tensor of shape {tuple(tensor.shape)} that is no argument"
 
 
 def _reachable(

@@ -42,6 +42,13 @@ def describe(value: Any) -> str:
     return f"a {type(value).__name__} of {len(below)} ({keys})"
 
 
+def _structure(tree: Any) -> str:
+    """Describe a tree by the paths of its leaves."""
+    if trees.children(tree) is None:
+        return describe(tree)
+    return f"a {type(tree).__name__} with {', '.join(trees.paths(tree)) or 'nothing'}"
+
+
 def output_and_residuals(rule: Rule, returned: Any) -> tuple[Any, Any]:
     """Take apart what fwd returned."""
     if isinstance(returned, tuple) and len(returned) == 2:
@@ -126,7 +133,7 @@ class _Matching:
         self.cast = cast
         self.leading = leading
         self.violations: list[Violation] = []
-        self.fix = ""
+        self.fixes: dict[str, None] = {}
         self.values: list[torch.Tensor | None] = [None] * len(signature.metas)
 
     def run(self, returned: Any) -> Cotangents:
@@ -147,7 +154,7 @@ class _Matching:
                 rule=self.rule.where,
                 function=self.rule.which("bwd"),
                 violations=self.violations,
-                fix=self.fix,
+                fix=" ".join(self.fixes),
             )
         return self.values
 
@@ -197,17 +204,13 @@ class _Matching:
                 if {key for key, _ in trees.children(skeleton[i]) or ()}
                 >= {f"[{key!r}]" for key in unknown}
             ]
-            self.violations.append(
-                Violation(
-                    "return",
-                    f"a dict by parameter name: {', '.join(at)}",
-                    f"unknown names {', '.join(map(repr, unknown))}",
-                )
-            )
-            self.fix = (
+            self.report(
+                "return",
+                f"a dict by parameter name: {', '.join(at)}",
+                f"unknown names {', '.join(map(repr, unknown))}",
                 f"Return {{{own[0]!r}: {{...}}}}: the outer dict is by parameter name."
                 if own
-                else "Correct the name; a parameter left out of the dict gets zero."
+                else "Correct the name; a parameter left out of the dict gets zero.",
             )
         return {at[name]: value for name, value in returned.items() if name in at}
 
@@ -219,11 +222,17 @@ class _Matching:
 
     def wrong_count(self, returned: Any, names: list[str]) -> None:
         expected = f"a tuple of {len(names)} ({', '.join(names)}), or a dict by name"
-        self.violations.append(Violation("return", expected, describe(returned)))
-        self.fix = (
+        self.report(
+            "return",
+            expected,
+            describe(returned),
             "Return one cotangent per parameter, None where it is zero or the argument "
-            "has none."
+            "has none.",
         )
+
+    def report(self, where: str, expected: str, got: str, fix: str) -> None:
+        self.violations.append(Violation(where, expected, got))
+        self.fixes[fix] = None
 
     def match(self, node: Any, value: Any, where: str) -> None:
         """Match one cotangent with its argument, whose leaves are their numbers."""
@@ -238,10 +247,12 @@ class _Matching:
             type(value) is list and type(node) is tuple
         )
         if not same_kind or given.keys() != {key for key, _ in below}:
-            self.violations.append(Violation(where, describe(node), describe(value)))
-            self.fix = (
+            self.report(
+                where,
+                describe(node),
+                describe(value),
                 "Return a tree with the structure of the argument; None stands for a "
-                "zero leaf or subtree."
+                "zero leaf or subtree.",
             )
             return
         for key, child in below:
@@ -250,9 +261,12 @@ class _Matching:
     def match_leaf(self, number: int, value: Any, where: str) -> None:
         meta = self.signature.metas[number]
         if meta is None:
-            expected = "None (the argument is no floating or complex tensor)"
-            self.violations.append(Violation(where, expected, describe(value)))
-            self.fix = "Return None for an argument that has no gradient."
+            self.report(
+                where,
+                "None (the argument is no floating or complex tensor)",
+                describe(value),
+                "Return None for an argument that has no gradient.",
+            )
             return
         if isinstance(value, torch.Tensor):
             if self.cast and value.dtype != meta.dtype and value.is_floating_point():
@@ -266,8 +280,7 @@ class _Matching:
             if Meta.of(value) == meta:
                 self.values[number] = value
                 return
-        self.violations.append(Violation(where, str(meta), describe(value)))
-        self.fix = _advice(meta, value)
+        self.report(where, str(meta), describe(value), _advice(meta, value))
 
 
 def _advice(meta: Meta, value: Any) -> str:
@@ -292,13 +305,17 @@ def _advice(meta: Meta, value: Any) -> str:
 
 
 def output_tangents(
-    rule: Rule, returned: Any, outs: Sequence[torch.Tensor]
+    rule: Rule,
+    returned: Any,
+    outputs: trees.Structure,
+    outs: Sequence[torch.Tensor],
 ) -> list[torch.Tensor | None]:
     """Return one tangent per output tensor from what a jvp rule returned, or raise.
 
     Args:
         rule: The rule.
         returned: Whatever its jvp rule returned.
+        outputs: The structure of the function's output.
         outs: The outputs of the call; empty where they are not at hand.
     """
     if not (isinstance(returned, tuple) and len(returned) == 2):
@@ -317,10 +334,14 @@ def output_tangents(
         for place, primal, out in zip(places, primals, outs, strict=False)
         if Meta.of(primal) != Meta.of(out)
     ]
+    if structure.spec != outputs.spec:
+        like = outputs.rebuild([None] * outputs.count)
+        expected = "a tensor" if outputs.spec is None else _structure(like)
+        violations = [Violation("return[0]", expected, _structure(returned[0]))]
     tangents = _tangents_of(returned[0], returned[1])
     if tangents is None:
         violations.append(
-            Violation("return[1]", describe(returned[0]), describe(returned[1]))
+            Violation("return[1]", _structure(returned[0]), _structure(returned[1]))
         )
     for place, tangent, primal in zip(places, tangents or (), primals, strict=False):
         able = primal.is_floating_point() or primal.is_complex()

@@ -72,7 +72,11 @@ class Lowerable(Protocol):
     state: State
     primal: bool
     moving: bool
-    has_jvp: bool
+
+    @property
+    def has_jvp(self) -> bool:
+        """Whether the user stated a jvp rule."""
+        ...
 
     def first_use(self, leaves: Sequence[Any]) -> None:
         """Let the check run, on plain tensors, before the rule is trusted."""
@@ -275,7 +279,7 @@ class Plan:
                 lambda given: self.call_jvp(given[:count], given[count:]),
                 (*leaves, *filled),
             )
-        return contract.output_tangents(self.rule, returned, outs)
+        return contract.output_tangents(self.rule, returned, layout.outputs, outs)
 
     def call_jvp(self, leaves: Sequence[Any], tangents: Sequence[Any]) -> Any:
         """Run the user's jvp rule on the user's containers; return what it returned."""

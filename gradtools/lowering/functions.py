@@ -119,12 +119,13 @@ class Composable(Function):
         needs = ctx.needs_input_grad[1:]
         given = layout.only_floating(cotangents)
         extra = cotangents[layout.outputs.count : -1]
+        inputs: Any = ctx.inputs
         values: Optional = [None] * len(needs)
         if any(cotangent is not None for cotangent in given):
             if plan.rule.materialize_grads:
                 given = _materialized(layout, given, ctx.like)
             if preconditions.refusal(plan) is not None:
-                leaves = None if ctx.inputs is None else ctx.inputs.leaves(kept)
+                leaves = None if inputs is None else inputs.leaves(kept)
                 values = _apart(plan, layout, kept, given, needs, leaves)
             elif _vectorized_by_itself(plan):
                 values = _apart(plan, layout, kept, given, needs)
@@ -135,7 +136,7 @@ class Composable(Function):
             if error is not None:
                 preconditions.refuse_nonzero(error, extra)
             else:
-                leaves = ctx.inputs.leaves(kept)
+                leaves = inputs.leaves(kept)
                 more = higher_order.residual_cotangents(
                     plan, layout, leaves, extra, needs
                 )
@@ -144,7 +145,8 @@ class Composable(Function):
 
     @staticmethod
     @boundary.unseen
-    def jvp(ctx: Any, _: Any, *tangents: Any) -> Any:
+    def jvp(ctx: Any, *args: Any) -> Any:
+        _, *tangents = args
         plan, layout = ctx.plan, ctx.layout
         with torch_compat.forward_ad_enabled():
             count = len(ctx.constants)
@@ -168,7 +170,8 @@ class Composable(Function):
 
     @staticmethod
     @boundary.unseen
-    def vmap(info: Any, in_dims: Any, plan: Lowerable, *leaves: Any) -> Any:
+    def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
+        plan, *leaves = args
         batched = batching.batch(plan, in_dims[1:], info)
         *tensors, layout = Composable.apply(batched, *leaves)
         return (*tensors, layout.inner), (*layout.out_dims, *layout.new_dims, None)

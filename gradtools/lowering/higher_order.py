@@ -38,7 +38,7 @@ class Inputs:
 
     def __init__(self, leaves: Sequence[Any], layout: Layout) -> None:
         read = {
-            source.index: position
+            source.number: position
             for position, source in enumerate(layout.kept)
             if source.kind == "input"
         }
@@ -93,7 +93,7 @@ def traced(
     with replayed(layout.rng):
         _, new, _ = plan.forward(leaves)
     fresh = [
-        new[source.index] if source.kind == "new" else None for source in layout.kept
+        new[source.number] if source.kind == "new" else None for source in layout.kept
     ]
     for before, after in zip(kept, fresh, strict=True):
         if after is not None and not _agree(before, after):

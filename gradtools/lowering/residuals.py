@@ -19,17 +19,17 @@ __all__ = ["Layout", "Source", "lay_out", "opaque_objects"]
 
 
 class Source(NamedTuple):
-    """The place of one kept tensor: the ``index``-th input, output or new tensor."""
+    """The place of one kept tensor: the ``number``-th input, output or new tensor."""
 
     kind: str
-    index: int
+    number: int
 
     def pick(
         self, leaves: Sequence[Any], outs: Sequence[Any], new: Sequence[Any]
     ) -> Any:
         """Return the tensor that lives here."""
         places = {"input": leaves, "output": outs, "new": new}
-        return places[self.kind][self.index]
+        return places[self.kind][self.number]
 
 
 class Layout:

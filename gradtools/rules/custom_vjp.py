@@ -5,7 +5,16 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, Concatenate, Generic, ParamSpec, TypeVar, get_args, overload
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    Concatenate,
+    Generic,
+    ParamSpec,
+    TypeVar,
+    get_args,
+    overload,
+)
 
 import torch
 
@@ -40,6 +49,8 @@ class StatedRule(Generic[P, R]):
         "reads",
         "rule",
     )
+
+    __qualname__: str
 
     def __init__(self, rule: Rule) -> None:
         functools.update_wrapper(self, rule.fun)
@@ -138,25 +149,22 @@ class StatedRule(Generic[P, R]):
     # As a method.
 
     def __set_name__(self, owner: type, name: str) -> None:
-        self._mark_method()
+        self._state(is_method=True)
+        setattr(owner, name, _Method(self))
 
-    def _mark_method(self) -> None:
-        if not self.rule.is_method:
-            self._state(is_method=True)
+    if TYPE_CHECKING:  # at run time _Method has it
 
-    @overload
-    def __get__(
-        self, instance: None, owner: type | None = None
-    ) -> StatedRule[P, R]: ...
-    @overload
-    def __get__(
-        self: StatedRule[Concatenate[S, P], R], instance: S, owner: type | None = None
-    ) -> BoundRule[P, R]: ...
-    def __get__(self, instance: Any, owner: type | None = None) -> Any:
-        if instance is None:
-            return self
-        self._mark_method()
-        return BoundRule(self, instance)
+        @overload
+        def __get__(
+            self, instance: None, owner: type | None = None
+        ) -> StatedRule[P, R]: ...
+        @overload
+        def __get__(
+            self: StatedRule[Concatenate[S, P], R],
+            instance: S,
+            owner: type | None = None,
+        ) -> BoundRule[P, R]: ...
+        def __get__(self, instance: Any, owner: type | None = None) -> Any: ...
 
     # A rule is like a function: one object, found by its name.
 
@@ -178,35 +186,46 @@ class StatedRule(Generic[P, R]):
         return f"<{type(self).__name__} {rule.where}: {stated}>"
 
 
+class _Method:
+    """What a rule stated in the body of a class leaves there.
+
+    A rule has no ``__get__`` of its own: Dynamo 2.11 would not find it where it is an
+    attribute of an instance.
+    """
+
+    def __init__(self, rule: StatedRule[..., Any]) -> None:
+        self.rule = rule
+
+    def __get__(self, instance: Any, owner: type | None = None) -> Any:
+        return self.rule if instance is None else BoundRule(self.rule, instance)
+
+
 class BoundRule(Generic[P, R]):
     """A rule looked up on an instance, as a bound method is a function."""
 
     def __init__(self, rule: StatedRule[..., R], instance: Any) -> None:
-        # Side by side: Dynamo 2.11 does not find an attribute that has a __get__.
-        self.parts = (rule, instance)
+        self.rule = rule
+        self.instance = instance
 
     @property
     def __name__(self) -> str:
-        return self.parts[0].rule.name
+        return self.rule.rule.name
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         """Call the method."""
-        rule, instance = self.parts
-        return rule(instance, *args, **kwargs)
+        return self.rule(self.instance, *args, **kwargs)
 
     def gradcheck(self, *args: P.args, **kwargs: P.kwargs) -> Report:
         """Check the rule on these arguments now; see :meth:`StatedRule.gradcheck`."""
-        rule, instance = self.parts
-        return rule.gradcheck(instance, *args, **kwargs)
+        return self.rule.gradcheck(self.instance, *args, **kwargs)
 
     @property
     def reports(self) -> tuple[Report, ...]:
         """What has been checked so far."""
-        return self.parts[0].reports
+        return self.rule.reports
 
     def __repr__(self) -> str:
-        rule, instance = self.parts
-        return f"<bound {rule!r} of {instance!r}>"
+        return f"<bound {self.rule!r} of {self.instance!r}>"
 
 
 class CustomVJP(StatedRule[P, R]):

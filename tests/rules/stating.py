@@ -40,3 +40,15 @@ def twice_backward(function, x):
     x = x.detach().requires_grad_()
     (first,) = gradients(function(x), x, create_graph=True)
     return gradients(first, x)[0]
+
+
+def backward(rule, *args):
+    """Use a rule in plain reverse mode."""
+    rule(*args).sum().backward()
+
+
+def functional(rule, *args):
+    """Use a rule under torch.func.grad, in the arguments that need a gradient."""
+    places = [i for i, a in enumerate(args) if getattr(a, "requires_grad", False)]
+    bare = [a.detach() if isinstance(a, torch.Tensor) else a for a in args]
+    torch.func.grad(lambda *args: rule(*args).sum(), tuple(places))(*bare)

@@ -124,22 +124,6 @@ def test_needs_mirrors_the_arguments_in_fwd_and_bwd(wanted):
     assert seen["fwd"] == seen["bwd"] == (False, tree, False)
 
 
-def test_bwd_learns_what_one_backward_wants_and_fwd_what_any_may_want():
-    seen = {}
-
-    def fwd(x, y, *, needs):
-        seen["fwd"] = needs
-        return x * y, ()
-
-    def bwd(_, g, *, needs):
-        seen["bwd"] = needs
-        return g, g
-
-    x, y = leaf(1.0), leaf(2.0)
-    gradients(stated(torch.mul, fwd, bwd)(x, y), y)
-    assert seen == {"fwd": (True, True), "bwd": (False, True)}
-
-
 def test_needs_is_an_ordinary_argument_of_a_function_that_has_one():
     def fun(x, *, needs):
         return needs * x
@@ -179,7 +163,7 @@ def test_the_cotangent_has_the_structure_of_the_output(materialize, functional):
         used(x).backward()
     zeros = torch.zeros(2) if materialize else None
     expected = {"y": torch.ones(2), "order": None, "z": (zeros, None, None)}
-    assert_close(seen[0], expected, rtol=0, atol=0)
+    assert_close(seen[-1], expected, rtol=0, atol=0)
 
 
 def test_outputs_that_are_no_floating_tensors_come_out_as_they_are():
@@ -215,7 +199,10 @@ def test_a_sparse_cotangent_passes_as_it_is():
     @lookup.def_bwd
     def _(residuals, g):
         indices, shape = residuals
-        return torch.sparse_coo_tensor(indices[None], 10 * g, shape), None
+        values = 10 * g
+        return torch.sparse_coo_tensor(
+            indices[None], values, shape, check_invariants=False
+        ), None
 
     table = torch.randn(5, 3, requires_grad=True)
     indices = torch.tensor([1, 3, 1])

@@ -1,0 +1,262 @@
+"""A tensor that needs a gradient and is no argument is an error, never a zero."""
+
+import functools
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+import gradtools as gt
+from tests.rules.stating import gradients, leaf, stated
+
+pytestmark = pytest.mark.usefixtures("unchecked")
+
+WEIGHT = None
+X = torch.tensor([3.0])
+
+
+def times(x, w):
+    return x * w
+
+
+def by_closure(w):
+    return lambda x: x * w
+
+
+def by_global(w):
+    global WEIGHT
+    WEIGHT = w
+    return lambda x: x * WEIGHT
+
+
+def by_default(w):
+    return lambda x, *, weight=w: x * weight
+
+
+def by_partial(w):
+    return functools.partial(times, w=w)
+
+
+def by_self(w):
+    return SimpleNamespace(method=by_closure(w)).method
+
+
+def by_module(w):
+    inner = torch.nn.Module()
+    inner.weight = w if isinstance(w, torch.nn.Parameter) else [w]
+    outer = torch.nn.Module()
+    outer.inner = inner
+    return lambda x: (
+        x
+        * (
+            outer.inner.weight[0]
+            if isinstance(outer.inner.weight, list)
+            else inner.weight
+        )
+    )
+
+
+def by_list(w):
+    box = [{"w": w}]
+    return lambda x: x * box[0]["w"]
+
+
+def by_helper(w):
+    return lambda x: by_closure(w)(x)
+
+
+class Holder:
+    def __init__(self, w):
+        self.w = w
+
+    def times(self, x):
+        return x * self.w
+
+    def __call__(self, x):
+        return x * self.w
+
+
+def by_bound_method(w):
+    return Holder(w).times
+
+
+WAYS = {
+    name: way
+    for name, way in globals().items()
+    if name.startswith("by_") and callable(way)
+}
+ways = pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
+
+
+def in_fun(used):
+    return stated(lambda x: used(x), bwd=lambda r, g: {})
+
+
+def in_fwd(used):
+    return stated(lambda x: 2 * x, lambda x: (used(x), ()), lambda _, g: g)
+
+
+def in_bwd(used):
+    return stated(lambda x: 2 * x, lambda x: (2 * x, ()), lambda _, g: used(g))
+
+
+def in_jvp(used):
+    rule = gt.custom_jvp(lambda x: 2 * x)
+    rule.defjvp(lambda p, t: (2 * p[0], used(t[0])))
+    return rule
+
+
+places = pytest.mark.parametrize("place", [in_fun, in_fwd, in_bwd, in_jvp])
+
+
+@places
+@ways
+def test_backward(way, place):
+    x, w = X.clone().requires_grad_(), torch.nn.Parameter(torch.tensor([2.0]))
+    with pytest.raises(gt.CapturedTensorError, match="without getting it as an arg"):
+        gradients(place(way(w))(x), x)
+
+
+@pytest.mark.parametrize("policy", ["first", "always", "off"])
+def test_no_policy_allows_it(policy):
+    x, w = leaf(3.0), leaf(2.0)
+    with gt.gradcheck_policy(policy), pytest.raises(gt.CapturedTensorError, match="w"):
+        gradients(stated(by_closure(w), lambda x: (x * w, ()), lambda _, g: 2 * g)(x))
+
+
+@places
+@ways
+def test_grad(way, place):
+    with pytest.raises(gt.CapturedTensorError, match="without getting it as an arg"):
+        torch.func.grad(lambda w: place(way(w))(5 * w).sum())(X)
+
+
+@pytest.mark.parametrize("place", [in_fun, in_fwd])
+@ways
+def test_jvp(way, place):
+    with pytest.raises(gt.CapturedTensorError, match="without getting it as an arg"):
+        torch.func.jvp(lambda w: place(way(w))(X), (X,), (X,))
+
+
+@pytest.mark.parametrize("place", [in_fun, in_fwd])
+@ways
+def test_dual_numbers(way, place):
+    forward_ad = torch.autograd.forward_ad
+    with forward_ad.dual_level():
+        w = forward_ad.make_dual(X, X)
+        with pytest.raises(gt.CapturedTensorError, match="without getting it as an"):
+            place(way(w))(X)
+
+
+@places
+@ways
+def test_vmap_of_grad(way, place):
+    def per_sample(w, x):
+        return torch.func.grad(lambda x: place(way(w))(x).sum())(x)
+
+    with pytest.raises(gt.CapturedTensorError, match="without getting it as an arg"):
+        torch.func.vmap(per_sample, (0, None))(torch.ones(2, 1), X)
+
+
+@ways
+def test_no_gradient_in_any_argument_is_no_excuse(way):
+    w = torch.nn.Parameter(torch.tensor([2.0]))
+    with pytest.raises(gt.CapturedTensorError, match="fun uses a tensor"):
+        in_fun(way(w))(X)
+    with pytest.raises(gt.CapturedTensorError, match="fun uses a tensor"):
+        torch.func.grad(lambda w: in_fun(way(w))(X).sum())(X)
+
+
+@ways
+def test_a_tensor_that_needs_no_gradient_may_be_captured(way):
+    w, x = torch.tensor([2.0]), leaf(3.0)
+    used = way(w)
+    rule = stated(lambda x: used(x), lambda x: (used(x), ()), lambda _, g: 10 * used(g))
+    assert_close(gradients(rule(x), x), (torch.tensor([20.0]),))
+    with torch.no_grad():
+        assert_close(in_fun(way(w.requires_grad_()))(x), torch.tensor([6.0]))
+
+
+@ways
+def test_vmap_without_a_derivative_is_right(way):
+    actual = torch.func.vmap(lambda w: in_fun(way(w))(X))(torch.tensor([[2.0], [4.0]]))
+    assert_close(actual, torch.tensor([[6.0], [12.0]]))
+
+
+@pytest.mark.parametrize("way", [by_list, by_bound_method, by_module, by_global])
+@pytest.mark.parametrize("place", [in_fwd, in_bwd])
+def test_a_tensor_unfrozen_after_the_first_call_is_found(way, place):
+    w, x = torch.tensor([2.0]), leaf(3.0)
+    rule = place(way(w))
+    assert_close(gradients(rule(x), x)[0].isfinite(), torch.tensor([True]))
+    w.requires_grad_()
+    with pytest.raises(gt.CapturedTensorError, match="without getting it as an arg"):
+        gradients(rule(x), x)
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda x, w: x**w,
+        lambda x, w: 4 - w,
+        lambda x, w: x // w,
+        lambda x, w: torch.ops.aten.mul(x, w),
+        lambda x, w: torch.stack([x, w]).sum(0),
+        lambda x, w: x * w.mT if w.dim() > 1 else x * w.real,
+        lambda x, w: x * w[0],
+        lambda x, w: x * float(w),
+        lambda x, w: x * w.item(),
+        lambda x, w: x.clone().mul_(w),
+        lambda x, w: torch.func.vjp(lambda w: x * w, w)[0],
+        lambda x, w: torch.func.vjp(lambda x: x * w, x)[0],
+        lambda x, w: w,
+    ],
+)
+def test_every_way_to_use_its_value_counts(use):
+    w, x = leaf(2.0), leaf(3.0)
+    with pytest.raises(gt.CapturedTensorError, match="closure variable 'w'"):
+        in_fwd(lambda x: use(x, w))(x)
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda x, w: x * w.shape[0],
+        lambda x, w: x.to(w.dtype).to(w.device),
+        lambda x, w: x * w.dim() + w.numel() + len(w.size()),
+        lambda x, w: x + torch.zeros_like(w),
+        lambda x, w: x * w.detach(),
+        lambda x, w: x if w is None else 2 * x,
+    ],
+)
+def test_its_metadata_and_its_detached_value_are_free(use):
+    w, x = leaf(2.0), leaf(3.0)
+    rule = stated(lambda x: use(x, w), lambda x: (use(x, w), ()), lambda _, g: 10 * g)
+    assert_close(gradients(rule(x), x), (torch.tensor([10.0]),))
+
+
+def test_a_residual_may_not_be_a_captured_tensor():
+    w, x = leaf(2.0), leaf(3.0)
+    rule = stated(lambda x: 2 * x, lambda x: (2 * x, w), lambda w, g: g * w)
+    with pytest.raises(gt.CapturedTensorError, match="residuals: closure variable 'w'"):
+        rule(x)
+
+
+def test_views_of_one_buffer_are_different_tensors():
+    """Flattened parameters: the argument and the captured one share their memory."""
+    flat = leaf(2.0, 3.0)
+    first, second = flat[:1], flat[1:]
+    with pytest.raises(gt.CapturedTensorError, match="closure variable 'second'"):
+        in_fwd(lambda x: x * second)(first)
+
+
+def test_the_error_names_what_holds_the_tensor_and_the_way_out():
+    layer, x = torch.nn.Linear(1, 1), leaf(3.0)
+    with pytest.raises(gt.CapturedTensorError, match="fwd uses") as caught:
+        in_fwd(layer)(x)
+    assert (
+        caught.value.violations[0].where == "closure variable 'used' of <lambda>.weight"
+    )
+    assert "closure_convert" in caught.value.fix
+    assert isinstance(caught.value, gt.DefinitionError)
