@@ -71,7 +71,10 @@ class BackwardPlan:
         error = preconditions.refusal(self.plan)
         if error is not None:
             preconditions.refuse_nonzero(error, cotangents)
-            return [None] * len(needs)
+            return [
+                torch.zeros_like(leaf) if need else None
+                for leaf, need in zip(layout.rebuild(kept), needs, strict=True)
+            ]
         # An element of the batch has a derivative of its own, also in what is shared.
         given = [_with_leading(leaf, leading) for leaf in layout.rebuild(kept)]
         places = [i for i, need in enumerate(needs) if need]

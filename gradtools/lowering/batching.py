@@ -10,6 +10,7 @@ Dimensions are those of the tensors without ``leading`` ones; see :class:`.Lower
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -18,6 +19,7 @@ import torch
 
 from gradtools import torch_compat, trees
 from gradtools.errors import ForwardContractError, TransformError, Violation
+from gradtools.lowering import captures, preconditions
 from gradtools.lowering.contract import describe
 from gradtools.lowering.flat import Lowerable, Optional, Plan, Tensors
 from gradtools.lowering.residuals import Layout
@@ -105,6 +107,7 @@ class Batched:
 
         tensors, dims = self.map(run, leaves, self.in_dims, leading)
         self.refuse_different(layouts)
+        preconditions.refuse_hidden(self.rule, layouts[0])
         layout = BatchedLayout(layouts[0], self.in_dims, dims)
         count = layout.outputs.count
         return tensors[:count], tensors[count:], layout
@@ -279,7 +282,11 @@ class Stated(Batched):
         function = functools.partial(
             rule.vmap_rule, self.info, tuple(signature.entries(self.in_dims))
         )
-        returned = signature.parameters.call(function, signature.entries(leaves))
+        watch: Any = contextlib.nullcontext()
+        if "fwd" not in self.state.watched:
+            watch = captures.Watch(rule, "vmap_rule", leaves)
+        with watch:
+            returned = signature.parameters.call(function, signature.entries(leaves))
         if not (isinstance(returned, tuple) and len(returned) == 2):
             raise ForwardContractError(
                 f"{rule.name}: a vmap rule must return a pair (output, out_dims)",

@@ -273,10 +273,10 @@ _LIBRARIES = frozenset({"torch", "numpy", "math", "gradtools", "builtins", "func
 def _is_library(value: Any) -> bool:
     if isinstance(value, types.ModuleType):
         name = value.__name__
-    elif isinstance(value, (type, types.BuiltinFunctionType, *_CALLABLE)):
+    elif isinstance(value, (type, types.BuiltinFunctionType, types.FunctionType)):
         name = getattr(value, "__module__", None) or ""
     else:
-        return False
+        return False  # a partial or a bound method may hold what is the user's
     return name.split(".")[0] in _LIBRARIES or isinstance(value, type)
 
 
@@ -351,7 +351,7 @@ def _reachable(
 
 _WITHOUT_TENSORS = (
     type(None), bool, int, float, complex, str, bytes, type, types.ModuleType,
-    types.BuiltinFunctionType, torch.dtype, torch.device, torch.Size,
+    torch.dtype, torch.device, torch.Size,
 )  # fmt: skip
 PLAIN = (torch.Tensor, *_WITHOUT_TENSORS)
 
@@ -361,6 +361,8 @@ def _parts(value: Any) -> Iterable[tuple[str, Any]]:
         return _parts_of_module(value)
     if isinstance(value, _CALLABLE):
         return _parts_of_callable(value)
+    if isinstance(value, types.BuiltinFunctionType):  # tensor.mul, say
+        return [(".__self__", value.__self__)]
     if isinstance(value, (set, frozenset)):
         return [("{...}", child) for child in value]
     below = trees.children(value)
@@ -425,7 +427,7 @@ def tensors_used(
         parts = list(value.values())
     elif isinstance(value, (tuple, list, set, frozenset)):
         parts = list(value)
-    elif isinstance(value, _CALLABLE):
+    elif isinstance(value, (*_CALLABLE, types.BuiltinFunctionType)):
         parts = [child for _, child in _parts(value)]
     else:
         parts = _named_parts(value, names)

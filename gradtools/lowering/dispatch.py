@@ -127,7 +127,8 @@ class Lowered:
         if transformed and (rule.vmap != "auto" or rule.vmap_rule is not None):
             needs = (False,) * len(leaves)
             signature = CallSignature(rule.parameters, entries, leaves, spec, needs)
-            plan = Plan(rule, signature, State(watched={"fwd"}), primal=True)
+            watched = set() if torch.is_grad_enabled() else {"fwd"}
+            plan = Plan(rule, signature, State(watched=watched), primal=True)
             *tensors, layout = self.composable.apply(plan, *leaves)
             return layout.outputs.rebuild(tensors)
         values = leaves if spec is None else trees.unflatten(leaves, spec)
@@ -261,7 +262,7 @@ class Lowered:
                     yield tensor
 
 
-_NEVER_TENSORS = (types.ModuleType, types.BuiltinFunctionType, type)
+_NEVER_TENSORS = (types.ModuleType, type)
 
 
 def wanted(leaves: Sequence[Any], transformed: bool, moving: bool) -> tuple[bool, ...]:

@@ -119,7 +119,7 @@ class Composable(Function):
         needs = ctx.needs_input_grad[1:]
         given = layout.only_floating(cotangents)
         extra = cotangents[layout.outputs.count : -1]
-        inputs: Any = ctx.inputs
+        inputs = ctx.inputs
         values: Optional = [None] * len(needs)
         if any(cotangent is not None for cotangent in given):
             if plan.rule.materialize_grads:
@@ -136,7 +136,7 @@ class Composable(Function):
             if error is not None:
                 preconditions.refuse_nonzero(error, extra)
             else:
-                leaves = inputs.leaves(kept)
+                leaves = ctx.inputs.leaves(kept)
                 more = higher_order.residual_cotangents(
                     plan, layout, leaves, extra, needs
                 )
@@ -163,8 +163,8 @@ class Composable(Function):
             else:
                 kept = layout.pick(leaves, outs, new)
                 moved = forward_mode.transposed(plan, layout, kept, outs, tangents)
-            more: Optional = []
-            if new:
+            more: Optional = [None] * len(new)
+            if new and preconditions.refusal(plan) is None:
                 more = higher_order.residual_tangents(plan, layout, duals, tangents)
             return *_zeros(moved, outs), *_zeros(more, new), None
 

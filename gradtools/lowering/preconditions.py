@@ -29,6 +29,7 @@ __all__ = [
     "linearity",
     "refusal",
     "refuse_differentiated",
+    "refuse_hidden",
     "refuse_nonzero",
     "second_order",
 ]
@@ -56,6 +57,13 @@ def refuse_nonzero(error: TransformError, values: Optional) -> None:
         bare = torch_compat.plain(value)
         if torch_compat.is_fake(bare) or bare.is_meta or bool((bare != 0).any()):
             raise error
+
+
+def refuse_hidden(rule: Rule, layout: Layout) -> None:
+    """Raise where an object holds tensors of a batch, which nothing can take apart."""
+    error = _hidden(rule, layout)
+    if error is not None:
+        raise error
 
 
 def refuse_differentiated(plan: Lowerable, values: Sequence[Any]) -> None:
@@ -163,7 +171,7 @@ def _hidden(rule: Rule, layout: Layout) -> TransformError | None:
         return None
     return TransformError(
         f"{rule.name}: a residual hides tensors inside an opaque object; they serve a "
-        "first derivative only",
+        "first derivative only, and not under vmap",
         rule=rule.where,
         function=rule.which("fwd"),
         violations=found,

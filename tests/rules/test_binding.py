@@ -8,7 +8,7 @@ from torch.testing import assert_close
 
 from tests.rules.stating import gradients, leaf, stated
 
-A, B, C, D = (torch.tensor(v) for v in (0.3, 0.7, 1.1, 1.9))
+A, B, C, D = (torch.tensor(v, dtype=torch.float64) for v in (0.3, 0.7, 1.1, 1.9))
 
 
 def formula(a, /, b=B, *rest, c, d=2.0, **extra):

@@ -13,7 +13,7 @@ from tests.rules.stating import gradients, leaf, stated
 pytestmark = pytest.mark.usefixtures("unchecked")
 
 WEIGHT = None
-X = torch.tensor([3.0])
+X = torch.tensor([3.0], dtype=torch.float64)
 
 
 def times(x, w):
@@ -63,7 +63,8 @@ def by_list(w):
 
 
 def by_helper(w):
-    return lambda x: by_closure(w)(x)
+    helper = by_closure(w)
+    return lambda x: 1 * helper(x)
 
 
 class Holder:
@@ -89,8 +90,17 @@ WAYS = {
 ways = pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
 
 
+def of_one(used):
+    """Return the function without its defaults, which would be arguments."""
+
+    def fun(x):
+        return used(x)
+
+    return fun
+
+
 def in_fun(used):
-    return stated(lambda x: used(x), bwd=lambda r, g: {})
+    return stated(of_one(used), bwd=lambda r, g: {})
 
 
 def in_fwd(used):
@@ -172,7 +182,7 @@ def test_no_gradient_in_any_argument_is_no_excuse(way):
 def test_a_tensor_that_needs_no_gradient_may_be_captured(way):
     w, x = torch.tensor([2.0]), leaf(3.0)
     used = way(w)
-    rule = stated(lambda x: used(x), lambda x: (used(x), ()), lambda _, g: 10 * used(g))
+    rule = stated(of_one(used), lambda x: (used(x), ()), lambda _, g: 10 * used(g))
     assert_close(gradients(rule(x), x), (torch.tensor([20.0]),))
     with torch.no_grad():
         assert_close(in_fun(way(w.requires_grad_()))(x), torch.tensor([6.0]))
@@ -182,6 +192,32 @@ def test_a_tensor_that_needs_no_gradient_may_be_captured(way):
 def test_vmap_without_a_derivative_is_right(way):
     actual = torch.func.vmap(lambda w: in_fun(way(w))(X))(torch.tensor([[2.0], [4.0]]))
     assert_close(actual, torch.tensor([[6.0], [12.0]]))
+
+
+@pytest.mark.parametrize("mode", ["sequential", "expand_dims", "broadcast_all"])
+@pytest.mark.parametrize(
+    "transform",
+    [
+        lambda f: torch.func.vmap(lambda w: f(w)(X))(X),
+        lambda f: torch.func.vmap(lambda w: f(w)(w))(X),
+        lambda f: torch.func.grad(lambda w: torch.func.vmap(f(w))(X).sum())(X),
+        lambda f: torch.func.vmap(f(leaf(2.0)))(X),
+    ],
+)
+def test_vmap_by_other_means_refuses_it(transform, mode):
+    """The loop, or the rule, runs below the level to which the tensor belongs."""
+
+    def capturing(w):
+        return stated(lambda x: x * w, bwd=lambda r, g: g, vmap=mode)
+
+    def with_vmap_rule(w):
+        rule = stated(lambda x: x * w, bwd=lambda r, g: g)
+        rule.def_vmap(lambda info, in_dims, x: (x * w, 0))
+        return rule
+
+    for make in (capturing, with_vmap_rule):
+        with pytest.raises(gt.CapturedTensorError, match="without getting it as"):
+            transform(make)
 
 
 @pytest.mark.parametrize("way", [by_list, by_bound_method, by_module, by_global])
@@ -201,7 +237,7 @@ def test_a_tensor_unfrozen_after_the_first_call_is_found(way, place):
         lambda x, w: x**w,
         lambda x, w: 4 - w,
         lambda x, w: x // w,
-        lambda x, w: torch.ops.aten.mul(x, w),
+        lambda x, w: torch.ops.aten.mul.Tensor(w, x),
         lambda x, w: torch.stack([x, w]).sum(0),
         lambda x, w: x * w.mT if w.dim() > 1 else x * w.real,
         lambda x, w: x * w[0],

@@ -1,0 +1,49 @@
+# gradtools: everything that a developer runs. `make` alone lists the targets.
+#
+# Python 3.11 or newer and pip are all that is needed: the first target that wants an
+# environment makes it. Another torch: `make test TORCH=2.15.0`.
+
+TORCH  ?= 2.13.0
+PYTHON ?= python3
+VENV   := $(if $(filter 2.13.0,$(TORCH)),.venv,.venv-$(TORCH))
+BIN    := $(VENV)/bin
+READY  := $(VENV)/ready
+WORKERS ?= 2
+
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: help demo test lint types unit format clean
+
+help: ## List the targets
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 10
+
+demo: $(READY) ## Train a classifier with custom rules; print figures, draw one
+	$(BIN)/python examples/digits.py
+
+test: lint types unit ## Lint, types and tests
+
+lint: $(READY) ## Style and format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(READY) ## Static types of the package, and what users' checkers see of it
+	$(BIN)/basedpyright --pythonpath $(BIN)/python
+
+unit: $(READY) ## Tests alone
+	$(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal
+
+format: $(READY) ## Mend what can be mended
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean: ## Remove environments and everything that was made
+	rm -rf .venv .venv-* build dist .pytest_cache .ruff_cache .hypothesis
+
+# torch first, by its exact version: a range would choose another build of it.
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q -c constraints.txt pip
+	$(BIN)/python -m pip install -q torch==$(TORCH)
+	$(BIN)/python -m pip install -q -c constraints.txt \
+	    --build-constraint constraints.txt -e '.[demo]' --group dev
+	touch $@
