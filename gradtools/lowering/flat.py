@@ -18,7 +18,7 @@ import torch
 from gradtools import torch_compat
 from gradtools.errors import GradtoolsError, TransformError
 from gradtools.lowering import captures, contract, forward_mode
-from gradtools.lowering.replay import random_state, replayed, same
+from gradtools.lowering.replay import is_traced, random_state, replayed, same
 from gradtools.lowering.residuals import Layout, lay_out, opaque_objects
 from gradtools.probing import probing
 from gradtools.rules.rule import Rule
@@ -156,17 +156,20 @@ class Plan:
         """Run fwd; return the outputs, the new residuals and the layout."""
         state = self.state
         entries = self.signature.entries(leaves)
-        rng = random_state(leaves) if state.draws and not _traced(leaves) else None
-        if "fwd" in state.watched:
-            out, residuals = self.call_fwd(entries)
+        first = "fwd" not in state.watched
+        rng = None
+        if (state.draws or first) and not is_traced(leaves):
+            rng = random_state(leaves)
+        if first:
+            out, residuals = self._first_forward(entries, leaves, rng)
         else:
-            out, residuals = self._first_forward(entries, leaves)
+            out, residuals = self.call_fwd(entries)
         outs, outputs = Structure.split(out)
         if outputs.constants and not self.primal:
             contract.refuse_hidden_outputs(self.rule, outputs, leaves)
         tensors, structure = Structure.split(residuals)
         layout, new = lay_out(outputs, outs, structure, tensors, leaves)
-        layout.rng = rng
+        layout.rng = rng if state.draws else None
         if new and not torch.is_grad_enabled():
             self._refuse_captured(new, leaves)
         return self._own(outs, leaves), new, layout
@@ -312,10 +315,9 @@ class Plan:
             yield
 
     def _first_forward(
-        self, entries: Sequence[Any], leaves: Sequence[Any]
+        self, entries: Sequence[Any], leaves: Sequence[Any], before: Any
     ) -> tuple[Any, Any]:
         """Run fwd for the first time, and learn what does not change between calls."""
-        before = None if _traced(leaves) else random_state(leaves)
         role = "fun" if self.rule.fwd is None or self.primal else "fwd"
         with captures.Watch(self.rule, role, leaves) as watch:
             out, residuals = self.call_fwd(entries)
@@ -387,10 +389,6 @@ class Plan:
             # which a rule's tangent is not.
             owned = [out.clone() if torch_compat.is_view(out) else out for out in owned]
         return owned
-
-
-def _traced(leaves: Sequence[Any]) -> bool:
-    return any(isinstance(x, torch.Tensor) and torch_compat.is_fake(x) for x in leaves)
 
 
 def _inside(objects: Iterable[Any]) -> list[torch.Tensor]:

@@ -25,6 +25,7 @@ from gradtools.lowering import (
 )
 from gradtools.lowering.apart import BackwardPlan
 from gradtools.lowering.flat import Lowerable, Optional, Plan, Tensors
+from gradtools.lowering.replay import recorded
 from gradtools.lowering.residuals import Layout
 
 __all__ = ["Composable", "Direct", "named"]
@@ -81,7 +82,7 @@ class Composable(Function):
     @staticmethod
     def forward(plan: Lowerable, *leaves: Any) -> Any:
         plan.first_use(leaves)
-        outs, new, layout = plan.forward(leaves)
+        outs, new, layout = recorded(plan.forward, leaves)
         if not plan.primal:
             kept = layout.pick(leaves, outs, new)
             if plan.rule.bwd is None:

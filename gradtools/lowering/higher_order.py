@@ -68,14 +68,20 @@ class Ends:
     def __init__(self, leaves: Sequence[Any]) -> None:
         with torch.enable_grad():
             self.ends = [
-                leaf.unsqueeze(0)[:0].sum()
+                _nothing_of(leaf)
                 for leaf in leaves
                 if isinstance(leaf, torch.Tensor) and leaf.requires_grad
             ]
 
     def leaves(self, kept: Tensors) -> list[Any]:
-        """Return a zero for each argument that needs a gradient."""
+        """Return an empty tensor for each argument that needs a gradient."""
         return self.ends
+
+
+def _nothing_of(tensor: torch.Tensor) -> torch.Tensor:
+    """Select no element: no view, and its backward keeps nothing but sizes."""
+    nowhere = torch.empty(0, dtype=torch.int64, device=tensor.device)
+    return torch.atleast_1d(tensor).index_select(0, nowhere)
 
 
 def _unpack(kind: str, what: Any, kept: Tensors) -> Any:

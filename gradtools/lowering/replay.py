@@ -7,12 +7,15 @@ dropout mask must then be the mask of the first time.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 
-__all__ = ["random_state", "replayed"]
+from gradtools import torch_compat
+from gradtools.lowering.residuals import Layout
+
+__all__ = ["is_traced", "random_state", "recorded", "replayed", "same"]
 
 State = dict[torch.device, torch.Tensor]
 
@@ -31,6 +34,23 @@ def same(first: State, second: State) -> bool:
     return first.keys() == second.keys() and all(
         torch.equal(state, second[device]) for device, state in first.items()
     )
+
+
+def is_traced(leaves: Iterable[Any]) -> bool:
+    """Whether some of the tensors are fake: nothing is really drawn then."""
+    return any(isinstance(x, torch.Tensor) and torch_compat.is_fake(x) for x in leaves)
+
+
+def recorded(
+    forward: Callable[[Sequence[Any]], tuple[Any, Any, Layout]], leaves: Sequence[Any]
+) -> tuple[Any, Any, Layout]:
+    """Run a forward, and note on its layout the random state that it drew from."""
+    if is_traced(leaves):
+        return forward(leaves)
+    before = random_state(leaves)
+    outs, new, layout = forward(leaves)
+    layout.rng = None if same(before, random_state(leaves)) else before
+    return outs, new, layout
 
 
 @contextlib.contextmanager

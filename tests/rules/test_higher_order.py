@@ -56,15 +56,10 @@ by_output = stated(
 
 
 def chain(order):
-    """Return d^n y / dx^n as a function of y, by the chain rule on y' = 10 y (1 - y)."""
-
-    def first(y):
-        return 10 * y * (1 - y)
-
-    term = first
-    for _ in range(order - 1):
-        term = (lambda p: lambda y: derivative(p)(y) * first(y))(term)
-    return term
+    """Return d^n y / dx^n as a function of y, where y' = 10 y (1 - y)."""
+    if order == 0:
+        return lambda y: y
+    return lambda y: derivative(chain(order - 1))(y) * 10 * y * (1 - y)
 
 
 @ways
@@ -175,6 +170,29 @@ def test_fwd_runs_again_with_the_same_random_numbers(second):
     expected = 6 * x * masks[0]
     assert 0 < expected.count_nonzero() < 20
     assert_close(actual, expected)
+
+
+def test_a_fwd_that_draws_only_later_is_replayed_too():
+    def fwd(x, rate):
+        mask = (torch.rand_like(x) > rate).double() if rate else torch.ones_like(x)
+        return x**3 * mask, 3 * x**2 * mask
+
+    rule = stated(lambda x, r: fwd(x, r)[0], fwd, lambda slope, g: (g * slope, None))
+    x = torch.linspace(1, 2, 20)
+    rule(x.clone().requires_grad_(), 0.0)
+
+    def value(x):
+        y = rule(x, 0.5)
+        return y.sum(), y
+
+    def slope(x):
+        first, y = torch.func.grad(value, has_aux=True)(x)
+        return first.sum(), (first, y)
+
+    second, (first, y) = torch.func.grad(slope, has_aux=True)(x)
+    mask = y / x**3
+    assert 0 < mask.count_nonzero() < 20
+    assert_close((first, second), (3 * x**2 * mask, 6 * x * mask))
 
 
 def test_randomness_of_fwd_that_torch_cannot_replay_is_refused():
