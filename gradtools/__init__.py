@@ -48,3 +48,6 @@ __all__ = [
     "straight_through",
 ]
 __version__ = "0.1.0"
+
+for _name in __all__:  # in tracebacks and pickles they stand where they are found
+    globals()[_name].__module__ = __name__

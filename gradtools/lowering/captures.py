@@ -31,6 +31,7 @@ __all__ = [
     "free_variables",
     "hidden_numbers",
     "hidden_tensors",
+    "is_without_gradient",
     "name_of",
     "names_used",
     "needs_gradient",
@@ -66,12 +67,12 @@ class Watch(TorchFunctionMode):
         self, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        name = getattr(func, "__name__", "")
-        if name != "__get__" and name not in _WITHOUT_GRADIENT:
+        is_property = getattr(func, "__name__", "") == "__get__"
+        if not (is_property or is_without_gradient(func)):
             self.refuse(_tensors_in((args, kwargs)))
         result = func(*args, **kwargs)
         produced = list(_tensors_in(result))
-        if name == "__get__" and produced:
+        if is_property and produced:
             self.refuse(_tensors_in(args))
         for tensor in produced:
             self.remember(tensor)
@@ -124,13 +125,20 @@ class Watch(TorchFunctionMode):
         )
 
 
-# What may be asked of a captured tensor: its metadata (a property that gives no tensor
-# is metadata too), something else of its shape, and its value where that is asked
-# outright.
+def is_without_gradient(function: Any) -> bool:
+    """Whether a torch function may be asked of a captured tensor.
+
+    Its metadata (a property that gives no tensor is metadata too), something else of
+    its shape, and its value where that is asked outright.
+    """
+    return getattr(function, "__name__", "") in _WITHOUT_GRADIENT
+
+
 _WITHOUT_GRADIENT = frozenset(
     {
-        "detach", "dim", "element_size", "empty_like", "full_like", "get_device",
-        "is_complex", "is_contiguous", "is_floating_point", "ndimension", "nelement",
+        "__format__", "__hash__", "__len__", "__repr__", "detach", "dim",
+        "element_size", "empty_like", "full_like", "get_device", "is_complex",
+        "is_contiguous", "is_floating_point", "ndimension", "nelement",
         "new_empty", "new_full", "new_ones", "new_tensor", "new_zeros", "numel",
         "ones_like", "rand_like", "randn_like", "size", "stride", "zeros_like",
     }

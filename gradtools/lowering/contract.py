@@ -24,6 +24,7 @@ __all__ = [
     "output_and_residuals",
     "output_tangents",
     "refuse_hidden_outputs",
+    "refuse_unlike",
 ]
 
 Cotangents = Sequence[torch.Tensor | None]
@@ -84,6 +85,35 @@ def refuse_hidden_outputs(
             violations=violations,
             fix="Return the tensors themselves, or register the object's type with "
             "torch.utils._pytree.",
+        )
+
+
+def refuse_unlike(rule: Rule, role: str, out: Any, argument: Any) -> None:
+    """Raise where an output must have the structure, shapes and dtypes of an argument.
+
+    Args:
+        rule: The rule.
+        role: Which of its functions returned the output.
+        out: The output.
+        argument: What it must be like.
+    """
+    places = trees.paths(argument, "output")
+    violations = [
+        Violation(place, describe(wanted), describe(leaf))
+        for place, wanted, leaf in zip(
+            places, trees.flatten(argument)[0], trees.flatten(out)[0], strict=False
+        )
+        if describe(wanted) != describe(leaf)
+    ]
+    if trees.paths(out) != trees.paths(argument):
+        violations = [Violation("output", _structure(argument), _structure(out))]
+    if violations:
+        raise ForwardContractError(
+            f"{rule.name}: the output is not like the argument",
+            rule=rule.where,
+            function=rule.which(role),
+            violations=violations,
+            fix="Return tensors of the argument's structure, shapes and dtypes.",
         )
 
 

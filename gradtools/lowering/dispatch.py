@@ -218,10 +218,9 @@ class Lowered:
         """Raise where a gradient is wanted of a rule that states none."""
         if self.rule.bwd is None and self.rule.jvp is None:
             raise DefinitionError(
-                f"{self.rule.name}: a gradient is wanted, and the rule has no backward",
+                f"{self.rule.name}: a derivative is wanted, and the rule states none",
                 rule=self.rule.where,
-                fix=f"State it: @{self.rule.name}.def_bwd, "
-                f"or {self.rule.name}.defvjp(fwd, bwd).",
+                fix=f"State it: {self.rule.definition.format(name=self.rule.name)}.",
             )
 
     def refuse_nondiff(self, signature: CallSignature, entries: Sequence[Any]) -> None:

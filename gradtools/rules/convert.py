@@ -8,9 +8,13 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-from gradtools import trees
+from gradtools import torch_compat, trees
 from gradtools.errors import DefinitionError
-from gradtools.lowering.captures import name_of, needs_gradient
+from gradtools.lowering.captures import (
+    is_without_gradient,
+    name_of,
+    needs_gradient,
+)
 from gradtools.probing import probing
 
 __all__ = ["closure_convert"]
@@ -60,7 +64,8 @@ def closure_convert(
         with _Exchange(captured, given):
             return fn(*args[:count])
 
-    _refuse_remaining(fn, converted, example_args, captured)
+    if not torch_compat.transforms_active():  # there, Functions are exchanged as well
+        _refuse_remaining(fn, converted, example_args, captured)
     return converted, captured
 
 
@@ -75,13 +80,14 @@ class _Collect(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        kwargs = kwargs or {}
-        for tensor in _tensors((args, kwargs)):
-            if id(tensor) not in self.known and needs_gradient(tensor):
-                self.found[id(tensor)] = tensor
-                self.known[id(tensor)] = tensor
-        result = func(*args, **kwargs)
-        self.known.update((id(tensor), tensor) for tensor in _tensors(result))
+        result = func(*args, **(kwargs or {}))
+        produced = {id(tensor): tensor for tensor in _tensors(result)}
+        is_metadata = getattr(func, "__name__", "") == "__get__" and not produced
+        if not (is_metadata or is_without_gradient(func)):
+            for tensor in _tensors((args, kwargs)):
+                if id(tensor) not in self.known and needs_gradient(tensor):
+                    self.found[id(tensor)] = self.known[id(tensor)] = tensor
+        self.known |= produced
         return result
 
 

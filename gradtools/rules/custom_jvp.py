@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, ParamSpec, TypeVar, overload
 
 from gradtools import trees
+from gradtools.errors import DefinitionError
 from gradtools.rules.custom_vjp import F, StatedRule, name_of
 from gradtools.rules.rule import Contract, Exact, Rule
 from gradtools.rules.signature import Parameters
@@ -36,19 +37,42 @@ class CustomJVP(StatedRule[P, R]):
             jvps: One function per parameter: ``jvp(tangent, output, *primals)`` returns
                 what the tangent of this argument adds to that of the output; None for
                 an argument that adds nothing.
+
+        Raises:
+            DefinitionError: There are more or fewer functions than parameters.
         """
-        fun = self.rule.fun
+        rule, parameters = self.rule, self.rule.parameters
+        if parameters.nondiff:
+            raise DefinitionError(
+                f"{rule.name}: defjvps cannot state a rule with nondiff arguments",
+                rule=rule.where,
+                fix="State the whole rule with defjvp; None stands for an argument "
+                "that adds nothing, so that nondiff is not needed for it.",
+            )
+
+        def refuse(count: int) -> None:
+            if count != len(jvps):
+                raise DefinitionError(
+                    f"{rule.name}: defjvps got {len(jvps)} functions for {count} "
+                    "arguments",
+                    rule=rule.where,
+                    fix="Give one function per argument, None where it adds nothing.",
+                )
+
+        if parameters.var_positional is None:
+            refuse(len(parameters.signature.parameters))
 
         def jvp(primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[Any, Any]:
-            out = fun(*primals)
+            refuse(len(primals))
+            out = parameters.call(parameters.function, primals)
             parts = [
-                rule(tangent, out, *primals)
-                for rule, tangent in zip(jvps, tangents, strict=True)
-                if rule is not None and tangent is not None
+                part(tangent, out, *primals)
+                for part, tangent in zip(jvps, tangents, strict=True)
+                if part is not None and tangent is not None
             ]
             return out, functools.reduce(trees.added, parts) if parts else None
 
-        self._state(jvp=functools.update_wrapper(jvp, self.rule.fun))
+        self._state(jvp=functools.update_wrapper(jvp, rule.fun))
 
 
 @overload
@@ -104,6 +128,7 @@ def custom_jvp(
                 parameters=parameters,
                 contract=contract,
                 probe=probe,
+                definition="@{name}.defjvp, or {name}.defjvps(...)",
             )
         )
 

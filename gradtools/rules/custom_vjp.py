@@ -30,6 +30,7 @@ from gradtools.rules.signature import Parameters
 __all__ = ["BoundRule", "CustomVJP", "StatedRule", "custom_vjp"]
 
 P = ParamSpec("P")
+Q = ParamSpec("Q")
 R = TypeVar("R")
 S = TypeVar("S")
 F = TypeVar("F", bound=Callable[..., Any])
@@ -160,10 +161,10 @@ class StatedRule(Generic[P, R]):
         ) -> StatedRule[P, R]: ...
         @overload
         def __get__(
-            self: StatedRule[Concatenate[S, P], R],
+            self: StatedRule[Concatenate[S, Q], R],
             instance: S,
             owner: type | None = None,
-        ) -> BoundRule[P, R]: ...
+        ) -> BoundRule[Q, R]: ...
         def __get__(self, instance: Any, owner: type | None = None) -> Any: ...
 
     # A rule is like a function: one object, found by its name.

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import torch
 
 from gradtools import trees
+from gradtools.lowering.contract import refuse_unlike
 from gradtools.rules.custom_vjp import custom_vjp
 from gradtools.rules.rule import Surrogate
 
@@ -128,7 +129,9 @@ def straight_through(function: Callable[[T], T]) -> Callable[[T], T]:
             such; ``torch.round``, say.
 
     Returns:
-        The function; its gradient passes as if it had returned its argument.
+        The function; its gradient passes as if it had returned its argument. Where a
+        gradient is wanted and what ``function`` returns is not like its argument, it
+        raises a :class:`ForwardContractError`.
 
     Example:
         >>> quantize = gt.straight_through(torch.round)
@@ -141,7 +144,13 @@ def straight_through(function: Callable[[T], T]) -> Callable[[T], T]:
 
     fun.__name__ = f"straight_through_{getattr(function, '__name__', 'function')}"
     rule = custom_vjp(fun, contract=Surrogate())
-    rule.defvjp(lambda x: (function(x), ()), lambda _, g: (g,))
+
+    def fwd(x: Any) -> Any:
+        out = function(x)
+        refuse_unlike(rule.rule, "fun", out, x)
+        return out, ()
+
+    rule.defvjp(fwd, lambda _, g: (g,))
     return rule
 
 

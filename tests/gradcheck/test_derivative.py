@@ -6,7 +6,6 @@ import torch
 import gradtools as gt
 
 
-
 def stated(fun, bwd, *, fwd=None, **options):
     rule = gt.custom_vjp(fun, **options)
     if fwd is not None:

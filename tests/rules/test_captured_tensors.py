@@ -260,7 +260,7 @@ def test_every_way_to_use_its_value_counts(use):
     [
         lambda x, w: x * w.shape[0],
         lambda x, w: x.to(w.dtype).to(w.device),
-        lambda x, w: x * w.dim() + w.numel() + len(w.size()),
+        lambda x, w: x * w.dim() + w.numel() + len(w) + len(w.size()),
         lambda x, w: x + torch.zeros_like(w),
         lambda x, w: x * w.detach(),
         lambda x, w: x if w is None else 2 * x,
