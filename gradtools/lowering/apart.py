@@ -39,6 +39,7 @@ class BackwardPlan:
         self.rule = plan.rule
         self.signature = plan.signature
         self.moving = plan.moving
+        self.autocast = plan.autocast
         self.state = State(
             watched={"fwd", "bwd"},
             second_order=plan.state.second_order,

@@ -78,6 +78,7 @@ class Batched:
         self.state = inner.state
         self.primal = inner.primal
         self.moving = inner.moving
+        self.autocast = inner.autocast
         self.has_jvp = inner.has_jvp
 
     def map(
@@ -296,7 +297,10 @@ class Stated(Batched):
                 fix="Return (output, out_dims), with an int or None per output tensor.",
             )
         outs, outputs = trees.Structure.split(returned[0])
-        dims = self.spread(returned[0], returned[1])
+        dims = [
+            self.in_range(out, dim)
+            for out, dim in zip(outs, self.spread(*returned), strict=True)
+        ]
         residuals = trees.Structure.split(())[1]
         inner = Layout(outputs, residuals, (), None, None)
         return outs, (), BatchedLayout(inner, self.in_dims, dims)
@@ -307,18 +311,28 @@ class Stated(Batched):
             return [
                 dims for leaf in trees.flatten(out)[0] if isinstance(leaf, torch.Tensor)
             ]
-        below, dims_below = trees.children(out), trees.children(dims)
-        if below is None or dims_below is None or len(below) != len(dims_below):
-            raise ForwardContractError(
-                f"{self.rule.name}: out_dims of the vmap rule do not fit its output",
-                rule=self.rule.where,
-                function=self.rule.which("vmap_rule"),
-                violations=[Violation("return[1]", describe(out), describe(dims))],
-                fix="Return out_dims with the structure of the output, or a prefix of "
-                "it.",
-            )
-        pairs = zip(below, dims_below, strict=True)
-        return [dim for (_, o), (_, d) in pairs for dim in self.spread(o, d)]
+        below, given = trees.children(out), dict(trees.children(dims) or ())
+        if below is None or given.keys() != {key for key, _ in below}:
+            raise self.unfit(describe(out), describe(dims))
+        return [dim for key, o in below for dim in self.spread(o, given[key])]
+
+    def in_range(self, out: torch.Tensor, dim: int | None) -> int | None:
+        """Return a dim counted from the front; raise where the batch is not there."""
+        if dim is None:
+            return None
+        if not -out.dim() <= dim < out.dim() or out.shape[dim] != self.size:
+            expected = f"a dimension of size {self.size} (the batch) at {dim}"
+            raise self.unfit(expected, describe(out))
+        return dim % out.dim()
+
+    def unfit(self, expected: str, got: str) -> ForwardContractError:
+        return ForwardContractError(
+            f"{self.rule.name}: out_dims of the vmap rule do not fit its output",
+            rule=self.rule.where,
+            function=self.rule.which("vmap_rule"),
+            violations=[Violation("return", expected, got)],
+            fix="Return out_dims with the structure of the output, or a prefix of it.",
+        )
 
 
 _MODES: dict[str, type[Batched]] = {

@@ -31,7 +31,7 @@ import torch
 from torch.autograd import Function
 
 from gradtools import torch_compat, trees
-from gradtools.lowering import captures
+from gradtools.lowering import free_variables
 from gradtools.lowering.flat import Plan, State
 from gradtools.lowering.residuals import Layout
 from gradtools.rules.rule import Rule
@@ -67,7 +67,7 @@ class Crossable(Protocol):
 
     key: str
     rule: Rule
-    reads: Sequence[captures.Path]
+    reads: Sequence[free_variables.Path]
     names: Sequence[str]
 
     def run_entries(self, entries: Sequence[Any]) -> Any:
@@ -241,7 +241,7 @@ def _cross(
     given = [leaf if isinstance(leaf, _PLAIN) else 0 for leaf in leaves]
     numbers: list[Any] = []
     for path in target.reads:
-        _numbers_of(captures.follow(target.rule, path), target.names, 2, numbers)
+        _numbers_of(free_variables.follow(target.rule, path), target.names, 2, numbers)
     for leaf in leaves:
         if not isinstance(leaf, _PLAIN):
             _numbers_of(leaf, target.names, 2, numbers)
@@ -279,10 +279,10 @@ def _prepare(key: str) -> None:
     target.reads = [
         (("attribute", role), *path)
         for role, function in functions.items()
-        for path in captures.free_variables(function).values()
+        for path in free_variables.free_variables(function).values()
     ]
     target.names = sorted(
-        frozenset[str]().union(*map(captures.names_used, functions.values()))
+        frozenset[str]().union(*map(free_variables.names_used, functions.values()))
     )
 
 

@@ -1,42 +1,37 @@
-"""What a rule's functions use without getting it as an argument.
+"""Tensors that reach a rule's functions past the arguments.
 
-A tensor that needs a gradient and reaches a rule through a closure, a global, a default
-or ``self`` would get none, silently: :class:`Watch` finds it while the function runs.
-:func:`free_variables` reads the same names from a function without running it; it gives
-the finding its name, and torch.compile the scalars to guard on.
+A tensor that needs a gradient and comes through a closure, a global, a default,
+``self`` or a callable argument would get none, silently: :class:`Watch` finds it while
+the function runs.
 """
 
 from __future__ import annotations
 
-import dis
 import functools
-import types
 import weakref
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-import numpy as np
 import torch
 from torch.overrides import TorchFunctionMode
 
-from gradtools import torch_compat, trees
+from gradtools import torch_compat
 from gradtools.errors import CapturedTensorError, Violation
+from gradtools.lowering.contents import (
+    PLAIN,
+    hidden_tensors,
+    place_of,
+    unnamed,
+)
 from gradtools.rules.rule import Rule
 
 __all__ = [
-    "PLAIN",
     "Watch",
     "captured",
-    "follow",
-    "free_variables",
-    "hidden_numbers",
-    "hidden_tensors",
     "is_without_gradient",
-    "name_of",
-    "names_used",
+    "may_hide_parameters",
     "needs_gradient",
     "refuse_hidden_parameters",
-    "tensors_used",
 ]
 
 
@@ -178,293 +173,6 @@ def _tensors_in(value: Any) -> Iterator[torch.Tensor]:
     elif isinstance(value, dict):
         for item in value.values():
             yield from _tensors_in(item)
-
-
-# Free variables. A path leads from a function to one of them, by steps that
-# torch.compile can follow as well: ("cell", 0), ("global", "K"), ("attribute",
-# "__self__"), ("item", 1).
-
-Path = tuple[tuple[str, Any], ...]
-
-
-def follow(value: Any, path: Path) -> Any:
-    """Return what a path leads to; None for a closure variable not assigned yet."""
-    for kind, key in path:
-        if kind == "cell":
-            value = value.__closure__[key].cell_contents
-        elif kind == "global":
-            value = value.__globals__[key]
-        elif kind == "item":
-            value = value[key]
-        else:
-            value = getattr(value, key)
-    return value
-
-
-def free_variables(function: Any) -> dict[str, Path]:
-    """Return what a function uses beside its arguments: a label and a path for each.
-
-    Closure cells, globals that its code names, defaults, what a partial holds, the
-    object of a bound method; for Python functions among them, theirs as well.
-    """
-    found: dict[str, Path] = {}
-    _collect(function, (), found, set())
-    return found
-
-
-def names_used(function: Any) -> frozenset[str]:
-    """Return every attribute name in the code of a function and of those it calls."""
-    names: set[str] = set()
-    seen: set[int] = set()
-    _collect(function, (), {}, seen, names)
-    return frozenset(names)
-
-
-def _collect(
-    function: Any,
-    path: Path,
-    found: dict[str, Path],
-    seen: set[int],
-    names: set[str] | None = None,
-) -> None:
-    if id(function) in seen or _is_library(function):
-        return
-    seen.add(id(function))
-
-    def take(label: str, *steps: tuple[str, Any]) -> None:
-        value = follow(function, steps)
-        if isinstance(value, _CALLABLE):
-            _collect(value, (*path, *steps), found, seen, names)
-        elif not _is_library(value):
-            found.setdefault(label, (*path, *steps))
-
-    if isinstance(function, functools.partial):
-        take("function of the partial", ("attribute", "func"))
-        for index in range(len(function.args)):
-            take(f"partial argument {index}", ("attribute", "args"), ("item", index))
-        for name in function.keywords:
-            take(
-                f"partial argument {name!r}", ("attribute", "keywords"), ("item", name)
-            )
-    elif isinstance(function, types.MethodType):
-        take("method", ("attribute", "__func__"))
-        found.setdefault("self", (*path, ("attribute", "__self__")))
-    elif isinstance(function, types.FunctionType):
-        code, of = function.__code__, f" of {function.__name__}"
-        if names is not None:
-            names |= _names_in(code)
-        for index, name in enumerate(code.co_freevars):
-            if _is_assigned((function.__closure__ or ())[index]):
-                take(f"closure variable {name!r}{of}", ("cell", index))
-        for name in _globals_in(code) & function.__globals__.keys():
-            take(f"global {name!r}", ("global", name))
-        defaults = function.__defaults__ or ()
-        for index in range(len(defaults)):
-            parameter = code.co_varnames[code.co_argcount - len(defaults) + index]
-            take(
-                f"default of parameter {parameter!r}{of}",
-                ("attribute", "__defaults__"),
-                ("item", index),
-            )
-        for name in function.__kwdefaults__ or {}:
-            take(
-                f"default of parameter {name!r}{of}",
-                ("attribute", "__kwdefaults__"),
-                ("item", name),
-            )
-
-
-_CALLABLE = (types.FunctionType, types.MethodType, functools.partial)
-_LIBRARIES = frozenset({"torch", "numpy", "math", "gradtools", "builtins", "functools"})
-
-
-def _is_library(value: Any) -> bool:
-    if isinstance(value, types.ModuleType):
-        name = value.__name__
-    elif isinstance(value, (type, types.BuiltinFunctionType, types.FunctionType)):
-        name = getattr(value, "__module__", None) or ""
-    else:
-        return False  # a partial or a bound method may hold what is the user's
-    return name.split(".")[0] in _LIBRARIES or isinstance(value, type)
-
-
-def _is_assigned(cell: types.CellType) -> bool:
-    try:
-        _ = cell.cell_contents
-    except ValueError:
-        return False
-    return True
-
-
-def _codes(code: types.CodeType) -> Iterator[types.CodeType]:
-    yield code
-    for constant in code.co_consts:
-        if isinstance(constant, types.CodeType):
-            yield from _codes(constant)
-
-
-@functools.lru_cache(maxsize=1024)
-def _globals_in(code: types.CodeType) -> frozenset[str]:
-    return frozenset(
-        instruction.argval
-        for inner in _codes(code)
-        for instruction in dis.get_instructions(inner)
-        if instruction.opname in ("LOAD_GLOBAL", "LOAD_NAME")
-    )
-
-
-def _names_in(code: types.CodeType) -> frozenset[str]:
-    return frozenset(name for inner in _codes(code) for name in inner.co_names)
-
-
-def place_of(
-    tensor: torch.Tensor, function: Any, objects: Iterable[Any] = ()
-) -> str | None:
-    """Say through which name, or which argument, a tensor reached a function."""
-    places = [
-        (label, follow(function, steps))
-        for label, steps in free_variables(function).items()
-    ]
-    places += [(f"an argument of type {type(o).__name__}: ", o) for o in objects]
-    for label, value in places:
-        for path, found in _reachable(value, "", 3, set()):
-            if found is tensor:
-                return label + path
-    return None
-
-
-def name_of(tensor: torch.Tensor, function: Any, objects: Iterable[Any] = ()) -> str:
-    """Say where a function has a tensor from, or else what it looks like."""
-    return place_of(tensor, function, objects) or unnamed(tensor)
-
-
-def unnamed(tensor: torch.Tensor) -> str:
-    """Describe a tensor that no name leads to."""
-    return f"a tensor of shape {tuple(tensor.shape)} that is no argument"
-
-
-def _reachable(
-    value: Any, path: str, depth: int, seen: set[int], kinds: Any = torch.Tensor
-) -> Iterator[tuple[str, Any]]:
-    """Yield the tensors that an object holds, each with the path to it."""
-    if isinstance(value, kinds):
-        yield path, value
-        return
-    if depth == 0 or id(value) in seen or isinstance(value, _WITHOUT_TENSORS):
-        return
-    seen.add(id(value))
-    for key, child in _parts(value):
-        yield from _reachable(child, path + key, depth - 1, seen, kinds)
-
-
-_WITHOUT_TENSORS = (
-    type(None), bool, int, float, complex, str, bytes, type, types.ModuleType,
-    torch.dtype, torch.device, torch.Size,
-)  # fmt: skip
-PLAIN = (torch.Tensor, *_WITHOUT_TENSORS)
-
-
-def _parts(value: Any) -> Iterable[tuple[str, Any]]:
-    if isinstance(value, torch.nn.Module):
-        return _parts_of_module(value)
-    if isinstance(value, _CALLABLE):
-        return _parts_of_callable(value)
-    if isinstance(value, types.BuiltinFunctionType):  # tensor.mul, say
-        return [(".__self__", value.__self__)]
-    if isinstance(value, (set, frozenset)):
-        return [("{...}", child) for child in value]
-    below = trees.children(value)
-    return _attributes(value) if below is None else below
-
-
-def _parts_of_module(module: torch.nn.Module) -> Iterator[tuple[str, Any]]:
-    tensors = (*module.named_parameters(), *module.named_buffers())
-    yield from ((f".{name}", tensor) for name, tensor in tensors)
-    for prefix, inner in module.named_modules():
-        for name, own in vars(inner).items():
-            if not name.startswith("_"):
-                yield f".{prefix}.{name}".replace("..", "."), own
-
-
-def _parts_of_callable(function: Any) -> Iterator[tuple[str, Any]]:
-    for label, steps in free_variables(function).items():
-        yield f" {label}", follow(function, steps)
-    if _is_library(function):  # a pullback of torch.func's, say
-        for cell in getattr(function, "__closure__", None) or ():
-            if _is_assigned(cell):
-                yield " closure", cell.cell_contents
-
-
-def _attributes(value: Any) -> Iterator[tuple[str, Any]]:
-    yield from (
-        (f".{name}", child) for name, child in getattr(value, "__dict__", {}).items()
-    )
-    for cls in type(value).__mro__:
-        slots = cls.__dict__.get("__slots__", ())
-        for name in (slots,) if isinstance(slots, str) else slots:
-            if hasattr(value, name):
-                yield f".{name}", getattr(value, name)
-
-
-def hidden_tensors(value: Any) -> list[tuple[str, torch.Tensor]]:
-    """Return the floating tensors that an object holds inside, each with its path."""
-    return [
-        (path, tensor)
-        for path, tensor in _reachable(value, "", 4, set())
-        if tensor.dtype.is_floating_point or tensor.dtype.is_complex
-    ]
-
-
-def tensors_used(
-    value: Any, names: frozenset[str], depth: int = 4, *, is_self: bool = False
-) -> Iterator[torch.Tensor]:
-    """Yield the tensors that code reaches from a value by these attribute names.
-
-    This is for every call: it goes to few places and runs no code of the user's. All
-    parameters of a module count, as it may be called, but not those of ``self``.
-    """
-    if isinstance(value, torch.Tensor):
-        yield value
-        return
-    if depth == 0 or isinstance(value, _WITHOUT_TENSORS):
-        return
-    if isinstance(value, torch.nn.Module):
-        parts = _named_parts(value, names)
-        parts += [] if is_self else value.parameters()
-    elif isinstance(value, dict):
-        parts = list(value.values())
-    elif isinstance(value, (tuple, list, set, frozenset)):
-        parts = list(value)
-    elif isinstance(value, (*_CALLABLE, types.BuiltinFunctionType)):
-        parts = [child for _, child in _parts(value)]
-    else:
-        parts = _named_parts(value, names)
-    for part in parts:
-        yield from tensors_used(part, names, depth - 1)
-
-
-def _named_parts(value: Any, names: frozenset[str]) -> list[Any]:
-    """Return the attributes of an object that have these names, properties aside."""
-    own = getattr(value, "__dict__", {})
-    places = [
-        own,
-        *(own.get(f"_{k}", {}) for k in ("parameters", "buffers", "modules")),
-    ]
-    found = [place[name] for place in places for name in names & place.keys()]
-    slots = (name for name in names if _is_slot(getattr(type(value), name, None)))
-    return found + [getattr(value, name, None) for name in slots]
-
-
-def _is_slot(descriptor: Any) -> bool:
-    return isinstance(descriptor, types.MemberDescriptorType)
-
-
-def hidden_numbers(value: Any) -> list[Any]:
-    """Return the numbers and arrays, no tensors, that an object is or holds inside."""
-    return [number for _, number in _reachable(value, "", 4, set(), _NUMBERS)]
-
-
-_NUMBERS = (float, complex, np.ndarray, np.generic)
 
 
 def may_hide_parameters(leaf: Any) -> bool:

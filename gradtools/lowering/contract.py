@@ -14,7 +14,7 @@ import torch
 
 from gradtools import trees
 from gradtools.errors import BackwardContractError, ForwardContractError, Violation
-from gradtools.lowering.captures import hidden_tensors
+from gradtools.lowering.contents import hidden_tensors
 from gradtools.lowering.residuals import opaque_objects
 from gradtools.rules.rule import Rule
 from gradtools.rules.signature import CallSignature, Meta

@@ -21,7 +21,7 @@ import torch
 
 from gradtools import torch_compat, trees
 from gradtools.errors import DefinitionError, Violation
-from gradtools.lowering import boundary, captures, functions
+from gradtools.lowering import boundary, captures, contents, free_variables, functions
 from gradtools.lowering.flat import Plan, State
 from gradtools.rules.rule import Rule
 from gradtools.rules.signature import (
@@ -61,12 +61,14 @@ class Lowered:
         self.plans: dict[Hashable, Plan] = {}
         self.states: dict[Hashable, State] = {}
         functions_of = (rule.fun, rule.fwd, rule.bwd, rule.jvp)
-        self.names = frozenset[str]().union(*map(captures.names_used, functions_of))
+        self.names = frozenset[str]().union(
+            *map(free_variables.names_used, functions_of)
+        )
         self.free = [
             (function, path)
             for function in functions_of
-            for path in captures.free_variables(function).values()
-            if not isinstance(captures.follow(function, path), _NEVER_TENSORS)
+            for path in free_variables.free_variables(function).values()
+            if not isinstance(free_variables.follow(function, path), _NEVER_TENSORS)
         ]
 
     @boundary.unseen
@@ -133,7 +135,8 @@ class Lowered:
             return layout.outputs.rebuild(tensors)
         values = leaves if spec is None else trees.unflatten(leaves, spec)
         out = rule.parameters.call(rule.fun, values)
-        self.refuse_derivative(out, leaves)
+        if torch.is_grad_enabled() or torch_compat.forward_ad_active():
+            self.refuse_derivative(out, leaves)
         return out
 
     def refuse_derivative(self, out: Any, leaves: Sequence[Any]) -> None:
@@ -142,8 +145,8 @@ class Lowered:
         owed = [t for t in tensors if torch_compat.is_differentiated(t)]
         if owed:
             source = next(self.owed(leaves), owed[0])
-            objects = [leaf for leaf in leaves if not isinstance(leaf, captures.PLAIN)]
-            where = captures.name_of(source, self.rule.fun, objects)
+            objects = [leaf for leaf in leaves if not isinstance(leaf, contents.PLAIN)]
+            where = contents.name_of(source, self.rule.fun, objects)
             raise captures.captured(self.rule, "fun", where)
 
     def plan_for_check(self, entries: tuple[Any, ...]) -> tuple[Plan, Sequence[Any]]:
@@ -250,11 +253,11 @@ class Lowered:
 
         They are no arguments: free variables of its functions, or inside of objects.
         """
-        held = [captures.follow(function, path) for function, path in self.free]
-        held += [leaf for leaf in leaves if not isinstance(leaf, captures.PLAIN)]
+        held = [free_variables.follow(function, path) for function, path in self.free]
+        held += [leaf for leaf in leaves if not isinstance(leaf, contents.PLAIN)]
         for value in held:
             is_self = self.rule.is_method and value is leaves[0]
-            for tensor in captures.tensors_used(value, self.names, is_self=is_self):
+            for tensor in contents.tensors_used(value, self.names, is_self=is_self):
                 if captures.needs_gradient(tensor) and not any(
                     tensor is leaf for leaf in leaves
                 ):
@@ -266,6 +269,8 @@ _NEVER_TENSORS = (types.ModuleType, type)
 
 def wanted(leaves: Sequence[Any], transformed: bool, moving: bool) -> tuple[bool, ...]:
     """Return for each leaf whether a derivative in it may be asked for."""
+    if not (moving or torch.is_grad_enabled()):
+        return (False,) * len(leaves)  # no_grad holds for every level of transforms
     if not transformed:
         return tuple(
             isinstance(leaf, torch.Tensor) and leaf.requires_grad for leaf in leaves

@@ -17,7 +17,7 @@ import torch
 
 from gradtools import torch_compat
 from gradtools.errors import GradtoolsError, TransformError
-from gradtools.lowering import captures, contract, forward_mode
+from gradtools.lowering import captures, contents, contract, forward_mode
 from gradtools.lowering.replay import is_traced, random_state, replayed, same
 from gradtools.lowering.residuals import Layout, lay_out, opaque_objects
 from gradtools.probing import probing
@@ -72,6 +72,7 @@ class Lowerable(Protocol):
     state: State
     primal: bool
     moving: bool
+    autocast: tuple[tuple[str, torch.dtype], ...]
 
     @property
     def has_jvp(self) -> bool:
@@ -366,7 +367,7 @@ class Plan:
         """Raise for a residual that needs a gradient and is no argument's."""
         for tensor in new:
             if tensor.requires_grad and not torch_compat.is_view_of(tensor, leaves):
-                where = captures.name_of(tensor, self.rule.fwd or self.rule.fun)
+                where = contents.name_of(tensor, self.rule.fwd or self.rule.fun)
                 raise captures.captured(self.rule, "fwd", f"residuals: {where}")
 
     def _own(self, outs: Tensors, leaves: Sequence[Any]) -> Tensors:
@@ -393,7 +394,7 @@ class Plan:
 
 def _inside(objects: Iterable[Any]) -> list[torch.Tensor]:
     """Return the tensors inside opaque objects."""
-    return [tensor for value in objects for _, tensor in captures.hidden_tensors(value)]
+    return [tensor for value in objects for _, tensor in contents.hidden_tensors(value)]
 
 
 def _note(error: Exception, rule: Rule, role: str) -> None:

@@ -10,11 +10,8 @@ from torch.overrides import TorchFunctionMode
 
 from gradtools import torch_compat, trees
 from gradtools.errors import DefinitionError
-from gradtools.lowering.captures import (
-    is_without_gradient,
-    name_of,
-    needs_gradient,
-)
+from gradtools.lowering.captures import is_without_gradient, needs_gradient
+from gradtools.lowering.contents import name_of
 from gradtools.probing import probing
 
 __all__ = ["closure_convert"]

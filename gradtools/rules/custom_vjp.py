@@ -91,7 +91,8 @@ class StatedRule(Generic[P, R]):
                 raise DefinitionError(
                     f"{self.rule.name}: {role} must be a function, not {function!r}",
                     rule=self.rule.where,
-                    fix=f"Hand over the function itself: @{self.rule.name}.def_{role}.",
+                    fix="Hand over the function itself: "
+                    f"@{self.rule.name}.def_{role.removesuffix('_rule')}.",
                 )
         self.rule = dataclasses.replace(self.rule, **parts)
         self._checker = Checker()
@@ -224,6 +225,16 @@ class BoundRule(Generic[P, R]):
     def reports(self) -> tuple[Report, ...]:
         """What has been checked so far."""
         return self.rule.reports
+
+    def __eq__(self, other: object) -> bool:
+        return (
+            isinstance(other, BoundRule)
+            and self.rule is other.rule
+            and self.instance is other.instance
+        )
+
+    def __hash__(self) -> int:
+        return hash((id(self.rule), id(self.instance)))
 
     def __repr__(self) -> str:
         return f"<bound {self.rule!r} of {self.instance!r}>"
@@ -403,6 +414,12 @@ def custom_vjp(
 
 def name_of(fun: Any) -> str:
     """Return the name that a rule takes from its function."""
+    if isinstance(fun, (staticmethod, classmethod)):
+        kind = type(fun).__name__
+        raise DefinitionError(
+            f"a rule is stated of a function, and {fun!r} is a {kind}",
+            fix=f"Put @{kind} on the outside, above the rule's decorator.",
+        )
     if not callable(fun):
         raise DefinitionError(
             f"a rule is stated of a function, and {fun!r} is none",

@@ -1,0 +1,296 @@
+"""How fwd and bwd are vectorized: by torch, in a loop, or by themselves."""
+
+import numpy as np
+import pytest
+import torch
+from torch.func import vmap
+from torch.testing import assert_close
+
+import gradtools as gt
+from tests.rules.stating import derivative, gradients, leaf, stated
+
+pytestmark = pytest.mark.usefixtures("unchecked")
+
+MODES = ["auto", "sequential", "expand_dims", "broadcast_all"]
+modes = pytest.mark.parametrize("mode", MODES)
+by_itself = pytest.mark.parametrize("mode", MODES[1:])
+
+B = torch.arange(1.0, 7.0, dtype=torch.float64).reshape(2, 3).sin()
+W = torch.tensor([0.5, -1.0, 2.0], dtype=torch.float64)
+
+
+def scaled(x, w):
+    return (x * w).sum(-1, keepdim=True) * x
+
+
+def native(x, w):
+    """Return what has the value of ``scaled`` and ten times its derivatives."""
+    y = scaled(x, w)
+    return y.detach() + 10 * (y - y.detach())
+
+
+def rule_of(mode, seen=None):
+    def fwd(x, w):
+        if seen is not None:
+            seen.append((tuple(x.shape), tuple(w.shape)))
+        return scaled(x, w), (x, w)
+
+    def bwd(residuals, g):
+        x, w = residuals
+        inner = (g * x).sum(-1, keepdim=True)
+        return 10 * (g * (x * w).sum(-1, keepdim=True) + inner * w), 10 * inner * x
+
+    return stated(scaled, fwd, bwd, vmap=mode)
+
+
+# The case tables of tests/transforms run each mode under each composition; here is what
+# fwd sees, and code that torch cannot vectorize.
+
+
+@pytest.mark.parametrize(
+    ("mode", "shapes"),
+    [
+        ("auto", [((3,), (3,))]),
+        ("sequential", [((3,), (3,))] * 2),
+        ("expand_dims", [((2, 3), (1, 3))]),
+        ("broadcast_all", [((2, 3), (2, 3))]),
+    ],
+)
+def test_what_fwd_is_given(mode, shapes):
+    seen = []
+    w = W.clone().requires_grad_()
+    out = vmap(rule_of(mode, seen), (0, None))(B, w)
+    assert seen == shapes
+    assert_close(out, scaled(B, W))
+
+
+@by_itself
+@pytest.mark.parametrize("in_dims", [(0, None), (1, None), (None, 0), (0, 0), (-1, 0)])
+def test_gradients_of_batched_and_unbatched_arguments(mode, in_dims):
+    args = tuple(
+        {None: W, 0: B, 1: B.T, -1: B.T}[dim].clone().requires_grad_()
+        for dim in in_dims
+    )
+    rule = rule_of(mode)
+    actual = gradients(vmap(rule, in_dims)(*args) ** 2, *args)
+    expected = gradients(vmap(native, in_dims)(*args) ** 2, *args)
+    assert_close(actual, expected)
+
+
+def numpy_rule(mode):
+    def fun(x):
+        return torch.from_numpy(np.sin(x.detach().numpy()))
+
+    def bwd(x, g):
+        return torch.from_numpy(10 * g.detach().numpy() * np.cos(x.detach().numpy()))
+
+    return stated(fun, lambda x: (fun(x), x), bwd, vmap=mode)
+
+
+@by_itself
+def test_numpy_code_is_vectorized_by_other_means(mode):
+    rule = numpy_rule(mode)
+    assert_close(vmap(rule)(B), B.sin())
+    with torch.no_grad():
+        assert_close(vmap(rule)(B), B.sin())
+    assert_close(vmap(derivative(rule))(B), 10 * B.cos())
+    assert_close(derivative(vmap(rule))(B), 10 * B.cos())
+    assert_close(torch.func.jacrev(rule)(W), torch.diag(10 * W.cos()))
+    assert_close(vmap(torch.func.jacrev(rule))(B), torch.diag_embed(10 * B.cos()))
+    x = B.clone().requires_grad_()
+    assert_close(gradients(vmap(rule, 1, 1)(x) * B, x), (10 * B * B.cos(),))
+
+
+def test_numpy_code_under_torchs_own_vmap_raises_with_a_note():
+    with pytest.raises(RuntimeError, match="data pointer") as caught:
+        vmap(derivative(numpy_rule("auto")))(B)
+    assert "of the rule fun (" in caught.value.__notes__[0]
+
+
+def test_an_unknown_mode_is_an_error_of_definition():
+    with pytest.raises(gt.DefinitionError, match=r"vmap='loop' is none of 'auto'"):
+        gt.custom_vjp(scaled, vmap="loop")
+
+
+def test_an_empty_batch_has_no_element_to_loop_over():
+    with pytest.raises(gt.TransformError, match="empty batch"):
+        vmap(numpy_rule("sequential"))(torch.zeros(0, 3))
+    assert vmap(derivative(rule_of("auto")), (0, None))(torch.zeros(0, 3), W).shape == (
+        0,
+        3,
+    )
+
+
+def test_elements_of_a_batch_may_not_differ_in_what_is_no_tensor():
+    rule = stated(
+        lambda x: x,
+        lambda x: (x, "positive" if x.sum() > 0 else "negative"),
+        lambda text, g: 10 * g if text == "positive" else -10 * g,
+        vmap="sequential",
+    )
+    same = torch.tensor([[1.0], [2.0]])
+    assert_close(vmap(derivative(rule))(same), 0 * same + 10)
+    with pytest.raises(gt.TransformError, match="differ between the elements"):
+        vmap(derivative(rule))(torch.tensor([[1.0], [-2.0]]))
+
+
+@pytest.mark.parametrize("mode", ["expand_dims", "broadcast_all"])
+def test_a_fwd_that_loses_the_batch_dimension_is_an_error(mode):
+    rule = stated(torch.sum, lambda x: (x.sum(), x), lambda x, g: g + 0 * x, vmap=mode)
+    with pytest.raises(gt.ForwardContractError, match="batch dimension in front"):
+        vmap(derivative(rule))(torch.ones(2, 3))
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_under_expand_dims_a_cotangent_of_either_size_is_summed(size):
+    rule = stated(
+        lambda x, w: x * w,
+        lambda x, w: (x * w, (x, w)),
+        lambda r, g: (g * r[1], (g * r[0]) if size == 2 else (g * r[0]).sum(0, True)),
+        vmap="expand_dims",
+    )
+    w = W.clone().requires_grad_()
+    assert_close(gradients(vmap(rule, (0, None))(B, w), w), (B.sum(0),))
+
+
+def test_under_expand_dims_any_other_size_is_an_error():
+    rule = stated(
+        lambda x, w: x * w,
+        lambda x, w: (x * w, x),
+        lambda x, g: (g, torch.cat([g, g])),
+        vmap="expand_dims",
+    )
+    w = W.clone().requires_grad_()
+    with pytest.raises(gt.BackwardContractError, match=r"args\.w"):
+        gradients(vmap(rule, (0, None))(B, w), w)
+
+
+# Randomness.
+
+
+@modes
+@pytest.mark.parametrize("randomness", ["same", "different"])
+def test_a_random_mask_is_one_or_many_and_bwd_sees_the_same(mode, randomness):
+    def fwd(x):
+        mask = torch.rand(x.shape).round()
+        return x * mask, mask
+
+    rule = stated(lambda x: fwd(x)[0], fwd, lambda mask, g: 10 * g * mask, vmap=mode)
+    x = torch.ones(2, 50, requires_grad=True)
+    out = vmap(rule, randomness=randomness)(x)
+    assert 0 < out.sum() < 100
+    assert_close(gradients(out, x), (10 * out.detach(),))
+    if mode == "auto":
+        assert torch.equal(out[0], out[1]) == (randomness == "same")
+
+
+def test_randomness_is_an_error_unless_asked_for():
+    rule = stated(lambda x: x * torch.rand(()), bwd=lambda r, g: g)
+    with pytest.raises(RuntimeError, match="randomness"):
+        vmap(derivative(rule))(B)
+
+
+# def_vmap
+
+
+@pytest.fixture
+def stated_vmap():
+    """A rule of ``scaled`` with a vmap rule that shows that it ran."""
+    rule = rule_of("auto")
+    seen = []
+
+    @rule.def_vmap
+    def vmap_rule(info, in_dims, x, w):
+        seen.append((info.batch_size, info.randomness, in_dims))
+        x, w = (
+            t if d is None else t.movedim(d, 0)
+            for t, d in zip((x, w), in_dims, strict=True)
+        )
+        return 100 * scaled(x, w), 0
+
+    assert callable(vmap_rule)
+    return rule, seen
+
+
+@pytest.mark.parametrize("in_dims", [(0, None), (1, None), (None, 0), (1, 0)])
+def test_def_vmap_replaces_the_function_where_no_gradient_is_wanted(
+    stated_vmap, in_dims
+):
+    rule, seen = stated_vmap
+    args = tuple({None: W, 0: B, 1: B.T}[dim] for dim in in_dims)
+    expected = 100 * vmap(scaled, in_dims)(*args)
+    assert_close(vmap(rule, in_dims)(*args), expected)
+    assert seen == [(2, "error", in_dims)]
+
+
+def test_nested_vmap_reaches_it_once_for_each_level(stated_vmap):
+    rule, seen = stated_vmap
+    batch = torch.stack([B, 2 * B])
+    actual = vmap(vmap(rule, (0, None)), (0, None))(batch, W)
+    assert_close(actual, 100 * scaled(batch, W))
+    assert len(seen) == 1
+
+
+def test_with_a_gradient_fwd_and_bwd_are_vectorized(stated_vmap):
+    rule, seen = stated_vmap
+    x = B.clone().requires_grad_()
+    out = vmap(rule, (0, None))(x, W)
+    assert_close(out, scaled(B, W))
+    assert_close(gradients(out, x), gradients(vmap(native, (0, None))(x, W), x))
+    assert seen == []
+
+
+def tree_rule(returned):
+    rule = stated(lambda p, k: {"a": k * p["x"], "b": [p["y"]]}, bwd=lambda r, g: {})
+    seen = []
+    rule.def_vmap(lambda info, in_dims, p, k: seen.append(in_dims) or returned(p, k))
+    return rule, seen
+
+
+@pytest.mark.parametrize(
+    ("out_dims", "transpose"),
+    [({"a": 0, "b": [1]}, True), ({"a": 0, "b": 0}, False), (0, False), (-2, False)],
+)
+def test_dims_mirror_pytrees_and_may_be_given_for_subtrees(out_dims, transpose):
+    rule, seen = tree_rule(
+        lambda p, k: ({"a": k * p["x"], "b": [B.T if transpose else B]}, out_dims)
+    )
+    out = vmap(rule, ({"x": 0, "y": None}, None))({"x": B, "y": W}, 7)
+    assert seen == [({"x": 0, "y": None}, None)]
+    assert_close(out, {"a": 7 * B, "b": [B]})
+
+
+def test_an_output_that_is_not_batched_has_the_dim_none():
+    rule, _ = tree_rule(lambda p, k: ({"a": k * p["x"], "b": [W]}, {"a": 0, "b": None}))
+    out = vmap(rule, ({"x": 0, "y": None}, None))({"x": B, "y": W}, 7)
+    assert_close(out, {"a": 7 * B, "b": [torch.stack([W, W])]})
+
+
+@pytest.mark.parametrize(
+    ("returned", "message"),
+    [
+        (lambda p, k: B, "must return a pair"),
+        (lambda p, k: ({"a": B, "b": [B]}, (0, 0, 0)), "do not fit its output"),
+        (lambda p, k: ({"a": B, "b": [B]}, {"a": 0}), "do not fit its output"),
+        (lambda p, k: ({"a": B, "b": [B]}, {"a": 0, "c": 0}), "do not fit its output"),
+        (lambda p, k: ({"a": B, "b": [B]}, "text"), "do not fit its output"),
+        (lambda p, k: ({"a": B.T, "b": [B]}, 0), "do not fit its output"),
+        (lambda p, k: ({"a": B, "b": [B]}, 2), "do not fit its output"),
+    ],
+)
+def test_a_malformed_vmap_rule_is_an_error(returned, message):
+    rule, _ = tree_rule(returned)
+    with pytest.raises(gt.ForwardContractError, match=message) as caught:
+        vmap(rule, ({"x": 0, "y": None}, None))({"x": B, "y": W}, 7)
+    assert caught.value.function.startswith("vmap_rule (")
+
+
+def test_a_rule_with_a_vmap_rule_serves_inside_another():
+    """fwd and bwd of a rule may themselves be rules that state how they are batched."""
+    kernel = stated(torch.sin)
+    kernel.def_vmap(lambda info, in_dims, x: (100 * x.sin(), in_dims[0]))
+    rule = stated(kernel, lambda x: (kernel(x), x), lambda x, g: g * kernel(x))
+    x = leaf(1.0, 2.0)
+    out = vmap(rule)(x)
+    assert_close(out, 100 * x.detach().sin())
+    assert_close(gradients(out, x), (100 * x.detach().sin(),))
