@@ -130,8 +130,7 @@ def _obstacle(leaves: Sequence[Any]) -> str | None:
     if size > MOST_BYTES:
         return (
             f"the check of arguments of this size would take {size / 2**20:.0f} MiB; "
-            "give "
-            "the rule smaller ones with probe="
+            "give the rule smaller ones with probe="
         )
     return None
 
@@ -362,8 +361,7 @@ class _Examination:
                 )
             ],
             fix="Correct bwd; if it is meant to differ, declare "
-            "contract=Surrogate(...) "
-            "or Approximate(...).",
+            "contract=Surrogate(...) or Approximate(...).",
         )
 
 

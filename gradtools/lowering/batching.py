@@ -176,8 +176,7 @@ class Batched:
             if not same:
                 raise TransformError(
                     f"{self.rule.name}: outputs or residuals that are no tensors "
-                    "differ "
-                    "between the elements of a batch",
+                    "differ between the elements of a batch",
                     rule=self.rule.where,
                     function=self.rule.which("fwd"),
                     fix="Return what differs between elements as a tensor.",
@@ -205,8 +204,7 @@ class Looped(Batched):
         if self.size == 0:
             raise TransformError(
                 f"{self.rule.name}: vmap over an empty batch needs one call to learn "
-                "the "
-                'shapes, and vmap="sequential" has no element to call with',
+                'the shapes, and vmap="sequential" has no element to call with',
                 rule=self.rule.where,
                 fix="Leave out empty batches, or use another vmap mode.",
             )
@@ -261,8 +259,7 @@ class Expanded(Batched):
             )
             raise ForwardContractError(
                 f"{self.rule.name}: under vmap={self.rule.vmap!r} every tensor that "
-                "fwd "
-                "returns carries the batch dimension in front",
+                "fwd returns carries the batch dimension in front",
                 rule=self.rule.where,
                 function=self.rule.which("fwd"),
                 violations=[Violation("return", expected, describe(tensor))],

@@ -200,8 +200,7 @@ def refuse_hidden_parameters(
     if violations:
         raise CapturedTensorError(
             f"{rule.name}: an argument holds parameters that need a gradient, and "
-            "would "
-            "get none",
+            "would get none",
             rule=rule.where,
             violations=violations,
             fix="Pass the parameters as arguments of their own: call the module "

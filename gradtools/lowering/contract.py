@@ -387,8 +387,7 @@ def output_tangents(
             function=rule.which("jvp"),
             violations=violations,
             fix="Return an output and a tangent with the structure, shapes and dtypes "
-            "of "
-            "the function's output; None for a tangent of zero.",
+            "of the function's output; None for a tangent of zero.",
         )
     return tangents or []
 

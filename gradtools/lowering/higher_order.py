@@ -129,8 +129,7 @@ def irreproducible(plan: Lowerable) -> TransformError:
     """Return the error for a fwd that gives other residuals when it runs again."""
     return TransformError(
         f"{plan.rule.name}: fwd gave other residuals when it was run again for a "
-        "second "
-        "derivative",
+        "second derivative",
         rule=plan.rule.where,
         function=plan.rule.which("fwd"),
         fix="Draw random numbers from torch's global generators only, or draw them "
