@@ -8,7 +8,7 @@ from typing import Any, ParamSpec, TypeVar, overload
 
 from gradtools import trees
 from gradtools.errors import DefinitionError
-from gradtools.rules.custom_vjp import F, StatedRule, name_of
+from gradtools.rules.custom_vjp import F, StatedRule, name_of, refuse_options
 from gradtools.rules.rule import Contract, Exact, Rule
 from gradtools.rules.signature import Parameters
 
@@ -107,6 +107,9 @@ def custom_jvp(
     Returns:
         The function, with the methods of :class:`CustomJVP`; or a decorator.
 
+    Raises:
+        DefinitionError: An option means nothing.
+
     Example:
         >>> @gt.custom_jvp
         ... def double_sine(x):
@@ -118,6 +121,7 @@ def custom_jvp(
         >>> torch.func.grad(double_sine)(torch.tensor(0.0))
         tensor(2.)
     """
+    refuse_options(contract=contract, probe=probe)
 
     def state(fun: Callable[..., Any]) -> CustomJVP[..., Any]:
         parameters = Parameters(fun, nondiff_argnums, nondiff_argnames)

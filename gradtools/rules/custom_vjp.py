@@ -205,6 +205,10 @@ class _Method:
 class BoundRule(Generic[P, R]):
     """A rule looked up on an instance, as a bound method is a function."""
 
+    # Dynamo 2.11 asks an object for its hash before __init__ has run.
+    rule: Any = None
+    instance: Any = None
+
     def __init__(self, rule: StatedRule[..., R], instance: Any) -> None:
         self.rule = rule
         self.instance = instance
@@ -381,18 +385,14 @@ def custom_vjp(
         >>> torch.autograd.grad(cube(x), x)
         (tensor(12.),)
     """
-    if vmap not in get_args(VmapMode):
-        modes = ", ".join(map(repr, get_args(VmapMode)))
-        raise DefinitionError(
-            f"custom_vjp: vmap={vmap!r} is none of {modes}",
-            fix='Leave it out ("auto"), or use "sequential" for code that torch cannot '
-            "see.",
-        )
-    if not isinstance(contract, Contract):
-        raise DefinitionError(
-            f"custom_vjp: contract={contract!r} is no contract",
-            fix="Use Exact(), Surrogate(reference=...) or Approximate(rel=...).",
-        )
+    refuse_options(
+        vmap=vmap,
+        contract=contract,
+        once_differentiable=once_differentiable,
+        materialize_grads=materialize_grads,
+        autocast=autocast,
+        probe=probe,
+    )
 
     def state(fun: Callable[..., Any]) -> CustomVJP[..., Any]:
         return CustomVJP(
@@ -410,6 +410,52 @@ def custom_vjp(
         )
 
     return state if fun is _Missing else state(fun)
+
+
+_MODES = get_args(VmapMode)
+_OPTIONS: dict[str, tuple[Callable[[Any], bool], str, str]] = {
+    "vmap": (
+        lambda value: value in _MODES,
+        f"none of {', '.join(map(repr, _MODES))}",
+        'Leave it out ("auto"), or use "sequential" for code that torch cannot see.',
+    ),
+    "contract": (
+        lambda value: isinstance(value, Contract),
+        "no contract",
+        "Use Exact(), Surrogate(reference=...) or Approximate(rel=...).",
+    ),
+    "once_differentiable": (
+        lambda value: isinstance(value, bool),
+        "no bool",
+        "Use True where bwd is not differentiable, or leave it out.",
+    ),
+    "materialize_grads": (
+        lambda value: isinstance(value, bool),
+        "no bool",
+        "Use False to get None for the cotangent of an unused output.",
+    ),
+    "autocast": (
+        lambda value: (
+            value is None
+            or (isinstance(value, torch.dtype) and value.is_floating_point)
+        ),
+        "no floating dtype",
+        "Use a dtype such as torch.float32, or leave it out.",
+    ),
+    "probe": (
+        lambda value: value is None or callable(value),
+        "no function",
+        "Use a function without parameters that returns the tuple of arguments.",
+    ),
+}
+
+
+def refuse_options(**options: Any) -> None:
+    """Raise for an option of a decorator that means nothing."""
+    for name, value in options.items():
+        fits, problem, fix = _OPTIONS[name]
+        if not fits(value):
+            raise DefinitionError(f"the option {name}={value!r} is {problem}", fix=fix)
 
 
 def name_of(fun: Any) -> str:

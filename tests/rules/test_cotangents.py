@@ -187,6 +187,7 @@ def test_a_function_without_a_floating_output_has_no_gradient(output):
 # Sparse cotangents.
 
 
+@pytest.mark.filterwarnings("ignore:Sparse invariant checks")
 def test_a_sparse_cotangent_passes_as_it_is():
     @gt.custom_vjp
     def lookup(table, indices):

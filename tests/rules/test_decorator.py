@@ -114,7 +114,9 @@ def test_an_unknown_option_is_pythons_error():
 @pytest.mark.parametrize("name", ["def_fwd", "def_bwd", "def_jvp", "def_vmap"])
 def test_what_is_stated_must_be_a_function(name):
     rule = gt.custom_vjp(plain)
-    with pytest.raises(gt.DefinitionError, match=r"must be a function, not 3") as caught:
+    with pytest.raises(
+        gt.DefinitionError, match=r"must be a function, not 3"
+    ) as caught:
         getattr(rule, name)(3)
     assert f"@plain.{name}." in caught.value.fix
 
@@ -182,7 +184,7 @@ def test_a_rule_is_copied_and_pickled_by_its_name():
 
 
 def test_a_rule_without_a_name_to_be_found_by_cannot_be_pickled():
-    with pytest.raises(pickle.PicklingError, match="not found|local"):
+    with pytest.raises((AttributeError, pickle.PicklingError), match="ickle"):
         pickle.dumps(stated(lambda x: x))
 
 
