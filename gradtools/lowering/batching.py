@@ -15,6 +15,7 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
 from gradtools import torch_compat, trees
@@ -387,6 +388,10 @@ def _placed(
 def _same(first: dict[int, Any], second: dict[int, Any]) -> bool:
     if first.keys() != second.keys():
         return False
-    return all(
-        first[key] is second[key] or bool(first[key] == second[key]) for key in first
-    )
+    return all(_equal(first[key], second[key]) for key in first)
+
+
+def _equal(first: Any, second: Any) -> bool:
+    if isinstance(first, np.ndarray) or isinstance(second, np.ndarray):
+        return np.array_equal(first, second)
+    return first is second or bool(first == second)

@@ -8,7 +8,8 @@ from typing import Any, ParamSpec, TypeVar, overload
 
 from gradtools import trees
 from gradtools.errors import DefinitionError
-from gradtools.rules.custom_vjp import F, StatedRule, name_of, refuse_options
+from gradtools.rules.custom_vjp import F, StatedRule
+from gradtools.rules.options import name_of, refuse_options
 from gradtools.rules.rule import Contract, Exact, Rule
 from gradtools.rules.signature import Parameters
 

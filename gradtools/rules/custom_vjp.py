@@ -12,7 +12,6 @@ from typing import (
     Generic,
     ParamSpec,
     TypeVar,
-    get_args,
     overload,
 )
 
@@ -24,6 +23,7 @@ from gradtools.gradcheck.policy import current_policy
 from gradtools.gradcheck.report import Report
 from gradtools.lowering import boundary
 from gradtools.lowering.dispatch import Lowered
+from gradtools.rules.options import name_of, refuse_options
 from gradtools.rules.rule import Contract, Exact, Rule, VmapMode
 from gradtools.rules.signature import Parameters
 
@@ -410,67 +410,3 @@ def custom_vjp(
         )
 
     return state if fun is _Missing else state(fun)
-
-
-_MODES = get_args(VmapMode)
-_OPTIONS: dict[str, tuple[Callable[[Any], bool], str, str]] = {
-    "vmap": (
-        lambda value: value in _MODES,
-        f"none of {', '.join(map(repr, _MODES))}",
-        'Leave it out ("auto"), or use "sequential" for code that torch cannot see.',
-    ),
-    "contract": (
-        lambda value: isinstance(value, Contract),
-        "no contract",
-        "Use Exact(), Surrogate(reference=...) or Approximate(rel=...).",
-    ),
-    "once_differentiable": (
-        lambda value: isinstance(value, bool),
-        "no bool",
-        "Use True where bwd is not differentiable, or leave it out.",
-    ),
-    "materialize_grads": (
-        lambda value: isinstance(value, bool),
-        "no bool",
-        "Use False to get None for the cotangent of an unused output.",
-    ),
-    "autocast": (
-        lambda value: (
-            value is None
-            or (isinstance(value, torch.dtype) and value.is_floating_point)
-        ),
-        "no floating dtype",
-        "Use a dtype such as torch.float32, or leave it out.",
-    ),
-    "probe": (
-        lambda value: value is None or callable(value),
-        "no function",
-        "Use a function without parameters that returns the tuple of arguments.",
-    ),
-}
-
-
-def refuse_options(**options: Any) -> None:
-    """Raise for an option of a decorator that means nothing."""
-    for name, value in options.items():
-        fits, problem, fix = _OPTIONS[name]
-        if not fits(value):
-            raise DefinitionError(f"the option {name}={value!r} is {problem}", fix=fix)
-
-
-def name_of(fun: Any) -> str:
-    """Return the name that a rule takes from its function."""
-    if isinstance(fun, (staticmethod, classmethod)):
-        kind = type(fun).__name__
-        raise DefinitionError(
-            f"a rule is stated of a function, and {fun!r} is a {kind}",
-            fix=f"Put @{kind} on the outside, above the rule's decorator.",
-        )
-    if not callable(fun):
-        raise DefinitionError(
-            f"a rule is stated of a function, and {fun!r} is none",
-            fix="Decorate the function, or call the decorator with options only.",
-        )
-    while isinstance(fun, functools.partial):
-        fun = fun.func
-    return getattr(fun, "__name__", type(fun).__name__)

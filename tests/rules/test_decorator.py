@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import inspect
 import pickle
 
 import pytest
@@ -46,6 +47,7 @@ def test_it_looks_like_the_function():
     assert sine.__doc__ == "Return the sine."
     assert sine.__module__ == __name__
     assert sine.__wrapped__ is sine.rule.fun
+    assert inspect.signature(sine) == inspect.signature(sine.rule.fun)
     assert sine.__annotations__ == {"x": torch.Tensor, "return": torch.Tensor}
     assert_close(sine(X), X.sin())
 

@@ -121,11 +121,20 @@ def test_an_empty_batch_has_no_element_to_loop_over():
     )
 
 
-def test_elements_of_a_batch_may_not_differ_in_what_is_no_tensor():
+@pytest.mark.parametrize(
+    "sign",
+    [
+        lambda x: "positive" if x > 0 else "",
+        lambda x: float(x > 0),
+        lambda x: np.array([x > 0]),
+        lambda x: int(x > 0),
+    ],
+)
+def test_elements_of_a_batch_may_not_differ_in_what_is_no_tensor(sign):
     rule = stated(
         lambda x: x,
-        lambda x: (x, "positive" if x.sum() > 0 else "negative"),
-        lambda text, g: 10 * g if text == "positive" else -10 * g,
+        lambda x: (x, sign(x.sum().item())),
+        lambda positive, g: 10 * g if positive else -10 * g,
         vmap="sequential",
     )
     same = torch.tensor([[1.0], [2.0]])

@@ -145,9 +145,7 @@ def test_forward_mode_around_one_whole_graph_is_refused(first):
         step(x())
     with (
         forward_ad.dual_level(),
-        pytest.raises(
-            torch._dynamo.exc.Unsupported, match=r"[Ff]orward.mode|disable"
-        ),
+        pytest.raises(torch._dynamo.exc.Unsupported, match=r"[Ff]orward.mode|disable"),
     ):
         step(forward_ad.make_dual(x(), torch.ones(4)))
 
