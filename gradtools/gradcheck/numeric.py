@@ -16,7 +16,9 @@ import torch
 
 from gradtools.gradcheck.probes import Probe, scale_of
 
-__all__ = ["Comparison", "compare"]
+__all__ = ["Comparison", "compare", "random_like"]
+
+FLAT = 1e-8  # to this part of the function a derivative of zero is known
 
 Tensors = Sequence[torch.Tensor]
 
@@ -30,12 +32,14 @@ class Comparison:
         numeric: By differences.
         scale: Typical size of the derivative along a random direction.
         noise: How wrong the numeric value may be.
+        size: Typical size of the function itself.
     """
 
     analytic: float
     numeric: float
     scale: float
     noise: float
+    size: float
 
     @property
     def error(self) -> float:
@@ -51,9 +55,8 @@ class Comparison:
     @property
     def is_conclusive(self) -> bool:
         """Whether the differences mean anything."""
-        return math.isfinite(self.numeric) and self.noise <= 0.1 * max(
-            self.scale, 1e-300
-        )
+        fine = max(0.1 * self.scale, FLAT * self.size)
+        return math.isfinite(self.numeric) and self.noise <= fine
 
 
 def compare(
@@ -74,9 +77,10 @@ def compare(
         places: The leaves that move.
         generator: Where random numbers come from.
     """
-    cotangents = [_random(out, generator) for out in outs]
+    cotangents = [random_like(out, generator) for out in outs]
     directions = {
-        place: _random(probe.leaves[place], generator) * scale_of(probe.leaves[place])
+        place: random_like(probe.leaves[place], generator)
+        * scale_of(probe.leaves[place])
         for place in places
     }
     values = bwd(cotangents)
@@ -114,10 +118,11 @@ def compare(
         fine = epsilon ** (1 / 3) / 10  # a kink, or the edge of the domain, is near
         far, near = along(fine), along(fine / 2)
         numeric, noise = near, abs(near - far) + 10 * epsilon * size / fine
-    return Comparison(analytic, numeric, max(spread, abs(numeric)), noise)
+    return Comparison(analytic, numeric, max(spread, abs(numeric)), noise, size)
 
 
-def _random(like: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+def random_like(like: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Draw a tensor of normal numbers in the shape of another."""
     dtype = torch.complex128 if like.is_complex() else torch.float64
     values = torch.randn(like.shape, generator=generator, dtype=dtype)
     return values.to(device=like.device, dtype=like.dtype)

@@ -45,7 +45,10 @@ class gradcheck_policy(contextlib.ContextDecorator):  # noqa: N801
         policy: ``"first"``: a rule is checked when it is first used with a signature
             (the default; the environment variable ``GRADTOOLS_GRADCHECK`` changes it).
             ``"always"``: at every call. ``"off"``: never, and the report says so.
-            Malformed returns of bwd are errors under every policy.
+            Malformed returns of bwd are errors under every policy. What no check
+            can copy (meta and fake tensors, a DTensor: one rank alone would wait for
+            the others) is not checked, with a warning; ``f.gradcheck`` checks the rule
+            on plain tensors.
 
     Raises:
         DefinitionError: The policy is none of the three.

@@ -5,9 +5,11 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
+from gradtools.errors import GradtoolsError
+
 __all__ = ["Evidence", "Report"]
 
-Outcome = Literal["passed", "failed", "not checked"]
+Outcome = Literal["passed", "failed", "not checked", "not given"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -16,7 +18,8 @@ class Evidence:
 
     Attributes:
         question: What was asked, such as "derivative of args.x".
-        outcome: ``"passed"``, ``"failed"`` or ``"not checked"``.
+        outcome: ``"passed"``, ``"failed"``, ``"not checked"``, or ``"not given"`` for
+            what the rule need not have and refuses.
         detail: The figures, or why nothing could be checked.
         error: The largest relative error that was found, where one was measured.
     """
@@ -37,6 +40,7 @@ class Report:
         evidence: The questions and answers, in the order in which they were asked.
         seconds: How long the check took.
         evaluations: How often fun, fwd and bwd ran for it, together.
+        refusal: What a second derivative will raise, where the rule gives none.
     """
 
     rule: str
@@ -44,6 +48,7 @@ class Report:
     evidence: tuple[Evidence, ...]
     seconds: float = 0.0
     evaluations: int = 0
+    refusal: GradtoolsError | None = None
 
     @property
     def outcome(self) -> Outcome:
@@ -51,7 +56,7 @@ class Report:
         outcomes = {item.outcome for item in self.evidence}
         if "failed" in outcomes:
             return "failed"
-        return "passed" if outcomes == {"passed"} else "not checked"
+        return "not checked" if "not checked" in outcomes else "passed"
 
     def __str__(self) -> str:
         width = max((len(item.question) for item in self.evidence), default=0)

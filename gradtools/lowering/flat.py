@@ -51,7 +51,7 @@ class State:
     watched: set[str] = dataclasses.field(default_factory=set)
     draws: bool = False
     foreign: frozenset[int] = frozenset()
-    second_order: TransformError | None = None
+    second_order: GradtoolsError | None = None
     jvp_second_order: TransformError | None = None
     linear: TransformError | None = None
     jvp_linear: TransformError | None = None

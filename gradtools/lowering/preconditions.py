@@ -8,13 +8,14 @@ once per rule and signature, on the tensors of the call.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from gradtools import torch_compat
-from gradtools.errors import TransformError
+from gradtools.errors import GradtoolsError, TransformError
 from gradtools.lowering import linear, opacity
 from gradtools.lowering.flat import Lowerable, Optional, Tensors
 from gradtools.lowering.residuals import Layout
@@ -33,7 +34,7 @@ __all__ = [
 ]
 
 
-def refusal(plan: Lowerable) -> TransformError | None:
+def refusal(plan: Lowerable) -> GradtoolsError | None:
     """Return why the rule has no second derivative, as far as is known."""
     if plan.rule.once_differentiable:
         return TransformError(
@@ -47,21 +48,21 @@ def refusal(plan: Lowerable) -> TransformError | None:
     return plan.state.second_order
 
 
-def refuse_nonzero(error: TransformError, values: Optional) -> None:
+def refuse_nonzero(error: GradtoolsError, values: Optional) -> None:
     """Raise where a derivative that does not exist is really wanted; zeros pass."""
     for value in values:
         if value is None:
             continue
         bare = torch_compat.plain(value)
         if torch_compat.is_fake(bare) or bare.is_meta or bool((bare != 0).any()):
-            raise error
+            raise copy.copy(error)  # without the frames of other calls
 
 
 def refuse_hidden(rule: Rule, layout: Layout) -> None:
     """Raise where an object holds tensors of a batch, which nothing can take apart."""
     error = opacity.hidden(rule, layout)
     if error is not None:
-        raise error
+        raise copy.copy(error)
 
 
 def refuse_differentiated(plan: Lowerable, values: Sequence[Any]) -> None:
@@ -77,7 +78,7 @@ def refuse_differentiated(plan: Lowerable, values: Sequence[Any]) -> None:
         for value in values
         if isinstance(value, torch.Tensor)
     ):
-        raise error
+        raise copy.copy(error)
 
 
 def second_order(
@@ -107,6 +108,7 @@ def second_order(
                 opacity.opaque_fwd(plan, layout, leaves) if leaves is not None else None
             )
             or opacity.opaque_bwd(plan, layout, kept, cotangents)
+            or plan.state.second_order  # what the gradient check found
         )
     plan.state.tested.add("second_order")
 

@@ -18,7 +18,8 @@ from typing import (
 import torch
 
 from gradtools.errors import DefinitionError
-from gradtools.gradcheck.check import Checker, examine
+from gradtools.gradcheck.check import Checker
+from gradtools.gradcheck.examination import examine
 from gradtools.gradcheck.policy import current_policy
 from gradtools.gradcheck.report import Report
 from gradtools.lowering import boundary

@@ -50,6 +50,15 @@ def native(x, beta):
     return x * torch.sigmoid(beta * x)
 
 
+def malformed():
+    """Call a rule whose bwd returns one cotangent too many."""
+    rule = gt.custom_vjp(native)
+    rule.def_bwd(lambda residuals, g: (g, None, None))
+    x = torch.ones(2, requires_grad=True)
+    with gt.gradcheck_policy("off"):
+        rule(x, torch.tensor(1.5)).sum().backward()
+
+
 def gradients(f=swish):
     """Return the gradients of a fixed loss as lists."""
     x = torch.linspace(-2, 2, 5, dtype=torch.float64, requires_grad=True)

@@ -1,5 +1,7 @@
 """Two processes train with a rule inside, to the same numbers as without."""
 
+from datetime import timedelta
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -94,7 +96,11 @@ def _process(rank, path, work, args):
     torch.set_default_dtype(torch.float64)
     torch.set_num_threads(1)
     dist.init_process_group(
-        "gloo", init_method=f"file://{path}", rank=rank, world_size=WORLD
+        "gloo",
+        init_method=f"file://{path}",
+        rank=rank,
+        world_size=WORLD,
+        timeout=timedelta(seconds=60),
     )
     mesh = init_device_mesh("cpu", (WORLD,))
     try:

@@ -9,15 +9,30 @@ import torch
 
 import gradtools as gt
 from gradtools.errors import Violation
-from tests.runtime.rules import Scaled, gradients, native, swish
+from tests.runtime.rules import Scaled, gradients, malformed, native, swish
 
 
-def test_a_rule_in_a_spawned_process():
-    context = multiprocessing.get_context("spawn")
-    with context.Pool(1) as pool:
-        there = pool.apply(gradients, (swish,))
+@pytest.fixture(scope="module")
+def elsewhere():
+    """Yield a pool of one spawned process."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        yield pool
+
+
+def test_a_rule_in_a_spawned_process(elsewhere):
+    there = elsewhere.apply(gradients, (swish,))
     for found, expected in zip(there, gradients(native), strict=True):
         assert found == pytest.approx(expected)
+
+
+def test_an_error_of_a_spawned_process_has_its_parts(elsewhere):
+    with pytest.raises(gt.BackwardContractError, match="tuple of 3") as here:
+        malformed()
+    with pytest.raises(gt.BackwardContractError, match="tuple of 3") as there:
+        elsewhere.apply(malformed)
+    assert here.value.violations
+    for name in ("what", "rule", "function", "violations", "fix"):
+        assert getattr(there.value, name) == getattr(here.value, name), name
 
 
 @pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy])

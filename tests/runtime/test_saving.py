@@ -2,6 +2,7 @@
 
 import gc
 import weakref
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -159,19 +160,13 @@ class Alive(TorchDispatchMode):
         return sum(size for ref, size in self.storages.values() if ref() is not None)
 
 
-def held_by_a_stack(f, *, layers=20, context=None):
+def held_by_a_stack(f, *, layers=20, context=nullcontext):
     """Count the bytes alive after a stack whose intermediates were dropped."""
     x = torch.randn(64, requires_grad=True)
-    with Alive() as alive:
-        if context is None:
-            y = x
-            for _ in range(layers):
-                y = f(y)
-        else:
-            with context():
-                y = x
-                for _ in range(layers):
-                    y = f(y)
+    with Alive() as alive, context():
+        y = x
+        for _ in range(layers):
+            y = f(y)
     held = alive.bytes()
     y.sum().backward()
     del y
@@ -188,7 +183,7 @@ def test_the_hooks_see_the_same_bytes_as_by_hand(rule, by_hand):
 def test_a_stack_of_layers_holds_the_same_storages_as_by_hand(rule, by_hand):
     held, afterwards = held_by_a_stack(rule)
     expected, _ = held_by_a_stack(by_hand)
-    assert held == expected
+    assert held == expected > 0
     assert afterwards == 0
 
 
@@ -196,7 +191,7 @@ def test_a_stack_of_layers_holds_the_same_storages_as_by_hand(rule, by_hand):
 def test_save_on_cpu_holds_the_same_storages_as_by_hand(rule, by_hand):
     held, afterwards = held_by_a_stack(rule, context=save_on_cpu)
     expected, _ = held_by_a_stack(by_hand, context=save_on_cpu)
-    assert held == expected
+    assert held == expected > 0
     assert afterwards == 0
 
 
@@ -208,7 +203,7 @@ def test_a_checkpoint_holds_the_same_storages_as_by_hand(rule, by_hand, use_reen
 
     held, _ = held_by_a_stack(checkpointed(rule))
     expected, _ = held_by_a_stack(checkpointed(by_hand))
-    assert held == expected
+    assert held == expected > 0
 
 
 def test_an_input_that_bwd_does_not_read_is_held_for_the_second_order():

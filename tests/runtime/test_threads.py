@@ -50,6 +50,22 @@ def test_reverse_mode_of_two_orders():
     assert {report.outcome for report in rule.reports} == {"passed"}
 
 
+def test_one_thread_checks_for_all():
+    def probed(run):
+        calls = []
+
+        def counted(x, beta):
+            calls.append(gt.is_checking())
+            return native(x, beta)
+
+        rule = gt.custom_vjp(counted)
+        rule.defvjp(swish.rule.fwd, swish.rule.bwd)
+        run(lambda _: gradient_of(rule, 0))
+        return sum(calls)
+
+    assert probed(at_once) == probed(lambda work: work(0)) > 0
+
+
 def test_torch_func_grad():
     rule = fresh()
 
