@@ -288,8 +288,9 @@ def keep(tensor: torch.Tensor) -> Callable[[], torch.Tensor]:
     autograd does, when the tensor was changed in place meanwhile. On its own, because
     ``ctx.saved_tensors`` unpacks, and checks, all at once.
     """
-    if hasattr(_autograd, "_make_saved_tensor"):
-        return _autograd._make_saved_tensor(tensor, is_output=False).unpack
+    saved = getattr(_autograd, "_make_saved_tensor", None)
+    if saved is not None:
+        return saved(tensor, is_output=False).unpack
     if not tensor.requires_grad or is_wrapped(tensor):
         return lambda: tensor
     with torch.enable_grad():

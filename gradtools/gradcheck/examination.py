@@ -350,7 +350,8 @@ def _worst(found: Sequence[Comparison]) -> float:
 
 def _evidence(question: str, found: Sequence[Comparison]) -> Evidence:
     bound = max((max(item.error, item.precision) for item in found), default=0.0)
-    detail = f"relative error below {bound:.0e} along {len(found)} directions"
+    along = "a direction" if len(found) == 1 else f"{len(found)} directions"
+    detail = f"relative error below {bound:.0e} along {along}"
     return Evidence(question, "passed", detail, bound)
 
 
