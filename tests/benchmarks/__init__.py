@@ -1,0 +1,1 @@
+"""Benchmarks: measurements of the library that are no tests."""
