@@ -404,12 +404,16 @@ def _clipped(c, bound):
     return c.clamp(-bound, bound)
 
 
-@per_argument("offset", f"linear|zero|{DIFFERS}")
+# Neither of these two is a clip, and a message should not say so.
+NO_CLIP = r"(?s)\A(?!.*clipped).*"
+
+
+@per_argument("offset", f"{NO_CLIP}(linear|zero|{DIFFERS})")
 def offset(c):
     return c + 0.01
 
 
-@per_argument("low precision", f"precision|rounded|float|linear|times|{DIFFERS}")
+@per_argument("low precision", f"{NO_CLIP}(precision|round|linear|times|{DIFFERS})")
 def low_precision(c):
     if c.is_complex():
         return torch.view_as_complex(low_precision(torch.view_as_real(c)))
