@@ -79,6 +79,7 @@ class Batched:
         self.state = inner.state
         self.primal = inner.primal
         self.moving = inner.moving
+        self.order = inner.order
         self.autocast = inner.autocast
         self.has_jvp = inner.has_jvp
 
@@ -92,9 +93,40 @@ class Batched:
         raise NotImplementedError
 
     def first_use(self, leaves: Sequence[Any]) -> None:
-        """Let the check run, on the first element of the batch."""
+        """Let the check run, on the first element of the batch and on the batch."""
         if self.size:
-            self.inner.first_use(_element(leaves, self.in_dims, 0))
+            self.inner.first_use(self.element(leaves, 0))
+            self.inner.first_batch(self, leaves)
+
+    def first_batch(self, batched: Any, leaves: Sequence[Any]) -> None:
+        """Let the check run before the rule is trusted with a batch of batches."""
+        self.inner.first_batch(batched, leaves)
+
+    def first_derived(self, what: str) -> None:
+        """Let the check run before "forward mode" or "second order" is trusted."""
+        self.inner.first_derived(what)
+
+    @property
+    def pattern(self) -> tuple[Dims, ...]:
+        """The batch dimensions of the leaves, those of the inner batch first."""
+        return (*getattr(self.inner, "pattern", ()), self.in_dims)
+
+    def narrowed(self, count: int, leaves: Sequence[Any]) -> tuple[Batched, list[Any]]:
+        """Return the plan for the first elements of the batch; their leaves."""
+        count = min(count, self.size)
+        batched = type(self)(
+            self.inner, self.in_dims, self.info._replace(batch_size=count)
+        )
+        return batched, [
+            leaf.narrow(dim, 0, count)
+            if isinstance(leaf, torch.Tensor) and dim is not None
+            else leaf
+            for leaf, dim in zip(leaves, self.in_dims, strict=True)
+        ]
+
+    def element(self, leaves: Sequence[Any], index: int) -> list[Any]:
+        """Return the leaves of one element of the batch."""
+        return _element(leaves, self.in_dims, index)
 
     def forward(
         self, leaves: Sequence[Any], *, leading: Sizes = ()
@@ -123,18 +155,28 @@ class Batched:
         *,
         leading: Sizes = (),
     ) -> Optional:
-        """Run the inner backward on the batch; sum what belongs to all of it."""
+        """Run the inner backward on the batch; sum what belongs to all of it.
+
+        The cotangent of an output that no batch dimension reaches belongs to all
+        elements together: each gets its share of it.
+        """
         count = len(kept)
+        place = len(leading)
+        shared = [
+            _share(value, self.size, place) if dim is None else value
+            for value, dim in zip(cotangents, layout.out_dims, strict=True)
+        ]
 
         def run(*tensors: Any, leading: Sizes) -> Sequence[Any]:
             given = tensors[:count], tensors[count:]
             return self.inner.backward(layout.inner, *given, needs, leading=leading)
 
         kept_dims: Any = layout.kept_dims
-        dims = (*kept_dims, *_where(cotangents, layout.out_dims))
-        values, value_dims = self.map(run, (*kept, *cotangents), dims, leading)
+        out_dims = [0 if dim is None else dim for dim in layout.out_dims]
+        dims = (*kept_dims, *_where(shared, out_dims))
+        values, value_dims = self.map(run, (*kept, *shared), dims, leading)
         return [
-            _placed(value, dim, in_dim, self.size, len(leading), reduce=True)
+            _placed(value, dim, in_dim, self.size, place, reduce=True)
             for value, dim, in_dim in zip(values, value_dims, self.in_dims, strict=True)
         ]
 
@@ -352,6 +394,15 @@ def _element(values: Sequence[Any], dims: Dims, index: int) -> list[Any]:
 
 def _where(values: Sequence[Any], dims: Dims) -> list[int | None]:
     return [None if v is None else dim for v, dim in zip(values, dims, strict=True)]
+
+
+def _share(value: torch.Tensor | None, size: int, place: int) -> torch.Tensor | None:
+    """Divide a cotangent that belongs to a whole batch among its elements."""
+    if value is None:
+        return None
+    sizes = [-1] * (value.dim() + 1)
+    sizes[place] = size
+    return (value / size).unsqueeze(place).expand(sizes)
 
 
 def _stacked(column: Sequence[torch.Tensor | None]) -> torch.Tensor | None:

@@ -197,3 +197,23 @@ def test_randomness_is_an_error_unless_asked_for():
     rule = stated(lambda x: x * torch.rand(()), bwd=lambda r, g: g)
     with pytest.raises(RuntimeError, match="randomness"):
         vmap(derivative(rule))(B)
+
+
+@pytest.mark.parametrize("mode", ["auto", "sequential", "expand_dims", "broadcast_all"])
+def test_an_output_without_a_batch_dimension_has_one_cotangent(mode):
+    @gt.custom_vjp(vmap=mode)
+    def both(x, w):
+        return x * w, w**2
+
+    @both.def_bwd
+    def _(residuals, g):
+        (x, w), _ = residuals
+        return g[0] * w, g[0] * x + 2 * w * g[1]
+
+    def loss(f, w, x):
+        product, square = vmap(f, (0, None))(x, w)
+        return product.sum() + square.sum()
+
+    x, w = torch.linspace(-1, 2, 4), torch.tensor(1.5)
+    native = torch.func.grad(loss, 1)(lambda x, w: (x * w, w**2), w, x)
+    assert_close(torch.func.grad(loss, 1)(both, w, x), native)
