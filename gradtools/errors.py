@@ -104,7 +104,25 @@ class BackwardContractError(GradtoolsError, TypeError):
 
 
 class GradientMismatchError(GradtoolsError, GradcheckError):
-    """A rule is not the derivative that it claims to be."""
+    """A rule is not the derivative that it claims to be, or is not pure.
+
+    Attributes:
+        kind: What the mistake looks like, in a word: ``"sign"``, ``"factor"``, ...
+    """
+
+    def __init__(self, what: str, *, kind: str = "unknown", **parts: Any) -> None:
+        self.kind = kind
+        super().__init__(what, **parts)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        rebuild, parts = super().__reduce__()
+        return _rebuild_with_kind, (self.kind, rebuild, parts)
+
+
+def _rebuild_with_kind(kind: str, rebuild: Any, parts: tuple[Any, ...]) -> Any:
+    error = rebuild(*parts)
+    error.kind = kind
+    return error
 
 
 class TransformError(GradtoolsError, RuntimeError):

@@ -21,6 +21,7 @@ from torch._subclasses import fake_tensor
 from torch.autograd import forward_ad
 
 __all__ = [
+    "assign",
     "autocast_devices",
     "autocast_enabled",
     "autocast_state",
@@ -31,6 +32,7 @@ __all__ = [
     "forward_ad_enabled",
     "graph_is_kept",
     "has_tangent",
+    "hint",
     "innermost_level",
     "is_at_open_level",
     "is_differentiated",
@@ -40,6 +42,7 @@ __all__ = [
     "is_view_of",
     "is_wrapped",
     "keep",
+    "order",
     "plain",
     "primal_of",
     "requires_grad_at_any_level",
@@ -164,11 +167,46 @@ def is_differentiated(tensor: torch.Tensor) -> bool:
     return True
 
 
+def order(leaves: Sequence[Any]) -> int:
+    """Return how many derivatives in these values are under way, one upon the other."""
+    kinds = {i.level(): i.key() for i in _interpreters() or ()}
+    able = {level for level, kind in kinds.items() if kind in _DIFFERENTIATING}
+    moving = forward_ad_active()
+    if not (able or moving):
+        return 1
+    found: set[int] = set()
+    for leaf in leaves:
+        if not isinstance(leaf, torch.Tensor):
+            continue
+        tensor = leaf
+        while is_wrapped(tensor):
+            level = _functorch.maybe_get_level(tensor)
+            if level in able and (
+                tensor.requires_grad or (moving and has_tangent(tensor))
+            ):
+                found.add(level)
+            tensor = _functorch.get_unwrapped(tensor)
+        if tensor.requires_grad:
+            found.add(0)
+        if moving and has_tangent(tensor):
+            found.add(-1)
+    return max(len(found), 1)
+
+
+_DIFFERENTIATING = (_functorch.TransformType.Grad, _functorch.TransformType.Jvp)
+
+
 def plain(tensor: torch.Tensor) -> torch.Tensor:
     """Return the tensor underneath all transforms, batch dimensions included."""
     while is_wrapped(tensor):
         tensor = _functorch.get_unwrapped(tensor)
     return tensor
+
+
+def hint(size: Any) -> Any:
+    """Return the number that a symbolic one has in the running trace; no guard."""
+    node = getattr(size, "node", None)
+    return size if node is None else node.hint
 
 
 is_fake: Callable[[torch.Tensor], bool] = fake_tensor.is_fake
@@ -266,6 +304,17 @@ def _without_saved_tensors_hooks() -> Iterator[None]:
     finally:
         for pack, unpack in reversed(hooks):
             _autograd._push_saved_tensors_default_hooks(pack, unpack)
+
+
+def assign(tensor: torch.Tensor, value: torch.Tensor) -> None:
+    """Put values into a tensor, as if it had never had others."""
+    with torch.no_grad(), _autograd_version_kept(tensor):
+        tensor.copy_(value)
+
+
+_autograd_version_kept: Any = (
+    torch.autograd._unsafe_preserve_version_counter  # pyright: ignore[reportPrivateImportUsage]
+)
 
 
 class _Keep(torch.autograd.Function):

@@ -3,113 +3,257 @@
 from __future__ import annotations
 
 import copy
-import threading
 import warnings
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, get_args
 
 import torch
 
 from gradtools import torch_compat
-from gradtools.errors import GradtoolsError
-from gradtools.gradcheck.examination import describe, examine
-from gradtools.gradcheck.report import Evidence, Report
+from gradtools.gradcheck import probes
+from gradtools.gradcheck.examination import (
+    describe,
+    examine,
+    examine_batch,
+    examine_invented,
+)
+from gradtools.gradcheck.report import Capability, Evidence, Report
+from gradtools.lowering.boundary import in_fresh_thread
 from gradtools.lowering.flat import Plan
 from gradtools.probing import is_checking
 from gradtools.rules.rule import Rule
 
-__all__ = ["Checker"]
+__all__ = ["Checker", "check_now", "listeners"]
 
-MOST_BYTES = 256 * 2**20
+
+def check_now(
+    plan: Plan,
+    leaves: Sequence[Any],
+    uses: Sequence[Capability],
+    *,
+    watch: bool = True,
+) -> Report:
+    """Ask of a rule what some uses of it need; raise where it is wrong.
+
+    Args:
+        plan: The rule at a signature.
+        leaves: The arguments.
+        uses: What to ask about.
+        watch: Look for captured tensors too.
+    """
+    reason = _obstacle(leaves)
+    if reason is not None:
+        evidence = Evidence("everything", "not checked", reason)
+        return Report(plan.rule.where, describe(plan), (evidence,))
+    report = examine(plan, leaves, uses, watch=watch)
+    if report.failure is not None:
+        raise copy.copy(report.failure)
+    return report
+
+
+listeners: list[Callable[[Report], None]] = []  # a test run hears of every report
+
+
+def _tell(report: Report) -> None:
+    for hear in listeners:
+        hear(report)
+
+
+_SAFE = ("auto", "sequential")
+EVERYTHING: tuple[Capability, ...] = get_args(Capability)
 
 
 class Checker:
     """When a rule is checked, and what has been found of it so far.
 
     Attributes:
-        reports: The last report for each signature that was met.
+        reports: What was found, by signature.
     """
 
     def __init__(self) -> None:
         self.reports: dict[str, Report] = {}
-        self.lock = threading.RLock()
+        self.warned: set[str] = set()
 
     def before_use(self, plan: Plan, leaves: Sequence[Any]) -> None:
-        """Check the rule if its policy asks for it; raise again what was found."""
+        """Check the rule for the use at hand; raise again what was found."""
         if plan.policy == "off":
             self.note(plan, "the policy is off")
-        elif not is_checking() and not _is_known(plan):
-            with self.lock:
-                if not _is_known(plan):
-                    self.check(plan, leaves)
+            plan.is_unchecked = False
+            return
+        if is_checking() or plan.primal:
+            return
+        if plan.state.remembered is None and not _is_traced(leaves):
+            plan.state.remembered = probes.remember(leaves)
+        if plan.moving and plan.rule.jvp is not None and plan.order == 1:
+            return  # bwd takes no part in it
+        self.ensure(plan, "reverse", lambda: _examine(plan, leaves, "reverse"))
+        plan.is_unchecked = (
+            plan.policy == "always" or "reverse" not in plan.state.checked
+        )
 
-    def check(self, plan: Plan, leaves: Sequence[Any]) -> None:
-        """Check the rule, and remember what was found."""
-        seen = bool(self.reports)
+    def before_batch(self, plan: Plan, batched: Any, leaves: Sequence[Any]) -> None:
+        """Check that a batch gives what its elements give."""
+        if plan.policy == "off" or is_checking() or _is_traced(leaves):
+            return
+        if plan.primal and plan.rule.vmap_rule is None and plan.rule.vmap in _SAFE:
+            return  # torch, or a loop, does it all
+        self.ensure(
+            plan,
+            ("vmap", batched.pattern),
+            lambda: examine_batch(plan, batched, _plain(leaves)),
+        )
+
+    def before_deriving(self, plan: Plan, what: Any) -> None:
+        """Check what is derived from bwd, on the arguments of an earlier call."""
+        remembered = plan.state.remembered
+        if plan.policy == "off" or is_checking() or remembered is None:
+            return
+        self.ensure(plan, what, lambda: _examine(plan, remembered(), what))
+
+    def ensure(
+        self, plan: Plan, use: Hashable, examination: Callable[[], Report | str]
+    ) -> None:
+        """Run an examination unless it has been; raise what it found, once or again.
+
+        Args:
+            plan: The rule at a signature.
+            use: What the rule is about to be used for.
+            examination: Returns a report, or why there can be none.
+        """
+        state = plan.state
+        if _is_known(plan, use):
+            return
+        with state.lock:
+            if _is_known(plan, use):
+                return
+            if state.is_one_of_many:
+                found: Report | str = _CROWDED
+            else:
+                found = examination()
+            if isinstance(found, str):
+                self.note(plan, found)
+                if found is _CROWDED:
+                    state.checked[use] = None
+                return
+            self.file(found)
+            state.checked[use] = found.failure
+        if found.failure is not None:
+            raise copy.copy(found.failure)
+        self.tell_gaps(plan.rule, found)
+
+    def check_in_full(self, plan: Plan, leaves: Sequence[Any]) -> Report:
+        """Ask everything, now, and measure what the pictures show."""
         reason = _obstacle(leaves)
         if reason is not None:
-            # A trace of a rule that was checked, or warned of, goes without a word.
-            if self.note(plan, reason) and not (seen and reason == _WITHOUT_VALUES):
-                _warn(plan.rule, reason)
-            return
-        try:
-            report = examine(plan, leaves)
-        except GradtoolsError as error:
-            plan.state.checked = copy.copy(error)  # without the frames of this call
-            raise
-        plan.state.checked = report
-        plan.state.second_order = report.refusal
-        self.keep(report)
-        for item in report.evidence:
-            if item.outcome == "not checked":
-                _warn(plan.rule, f"{item.question}: {item.detail}")
+            return self.not_checked(plan, reason)
+        report = examine(plan, leaves, EVERYTHING, full=True)
+        self.file(report)
+        if report.failure is not None:
+            raise copy.copy(report.failure)
+        return report
 
-    def keep(self, report: Report) -> None:
-        """File a report."""
-        self.reports[report.signature] = report
+    def before_trace(self, plan: Plan, leaves: Sequence[Any]) -> None:
+        """Check a rule that torch.compile traces, on numbers that are made up."""
+        if plan.policy == "off":
+            self.note(plan, "the policy is off")
+        elif not is_checking():
+            self.ensure(plan, "reverse", lambda: _examine_invented(plan, leaves))
 
-    def note(self, plan: Plan, reason: str) -> bool:
-        """Record that nothing was checked, and why; return whether that is news."""
-        if reason in plan.state.unchecked:
-            return False
-        plan.state.unchecked.add(reason)
+    def before_blind_trace(self, rule: Rule, policy: str) -> None:
+        """Say that a rule is traced, unchecked, on arguments that no check can see."""
+        if policy != "off" and not is_checking() and not self.reports:
+            self.warn(
+                rule,
+                "torch.compile traces it with an object made in the trace; call it "
+                "once before, or give it probe= and call gradcheck()",
+            )
+
+    def file(self, report: Report) -> None:
+        """Keep a report, beside what is known of the signature."""
+        _tell(report)
+        known = self.reports.get(report.signature)
+        if known is None or known.outcome != "passed" or report.figures:
+            self.reports[report.signature] = report
+        else:
+            self.reports[report.signature] = known.with_more(report)
+
+    def not_checked(self, plan: Plan, reason: str) -> Report:
+        """Return, and file, the report of a signature that goes unchecked."""
         evidence = Evidence("everything", "not checked", reason)
         report = Report(plan.rule.where, describe(plan), (evidence,))
+        _tell(report)
         self.reports.setdefault(report.signature, report)
-        return True
+        return report
 
-    def before_trace(self, rule: Rule, policy: str) -> None:
-        """Say that a rule is traced that no call has checked yet."""
-        outcomes = {report.outcome for report in self.reports.values()}
-        if policy != "off" and not outcomes:
-            reason = "torch.compile traces it; call it once before, or use gradcheck()"
-            evidence = Evidence("everything", "not checked", reason)
-            self.keep(Report(rule.where, "under torch.compile", (evidence,)))
-            _warn(rule, reason)
+    def note(self, plan: Plan, reason: str) -> None:
+        """Record that nothing was checked, and why; say so once."""
+        if reason in plan.state.unchecked:
+            return
+        plan.state.unchecked.add(reason)
+        self.not_checked(plan, reason)
+        if plan.policy != "off":
+            self.warn(plan.rule, reason)
+
+    def tell_gaps(self, rule: Rule, report: Report) -> None:
+        """Say once what could not be checked."""
+        for item in report.evidence:
+            if item.outcome == "not checked":
+                self.warn(rule, f"{item.question}: {item.detail}")
+
+    def warn(self, rule: Rule, reason: str) -> None:
+        """Say once that something of a rule goes unchecked."""
+        if reason not in self.warned:
+            self.warned.add(reason)
+            warnings.warn(
+                f"gradtools did not check the rule {rule.where}: {reason}", stacklevel=2
+            )
 
 
-def _is_known(plan: Plan) -> bool:
-    """Whether the rule was checked at this signature; raise again if it was wrong."""
-    found = plan.state.checked
-    if isinstance(found, GradtoolsError):
-        raise copy.copy(found)
-    return found is not None and plan.policy != "always"
+_CROWDED = (
+    "it is used at more than 16 signatures, and this is a further one (check it with "
+    "gradcheck(), or give the rule fewer kinds of arguments)"
+)
 
 
-def _warn(rule: Rule, reason: str) -> None:
-    warnings.warn(
-        f"gradtools did not check the rule {rule.where}: {reason}", stacklevel=2
-    )
+def _is_known(plan: Plan, use: Hashable) -> bool:
+    """Whether the rule was checked for a use; raise again if it was wrong."""
+    checked = plan.state.checked
+    if use not in checked:
+        return False
+    error = checked[use]
+    if error is not None:
+        raise copy.copy(error)
+    return plan.policy != "always" or use != "reverse"
 
 
-_WITHOUT_VALUES = "the arguments are meta or fake tensors, without values"
+def _examine(plan: Plan, leaves: Sequence[Any], use: Capability) -> Report | str:
+    if _is_traced(leaves):
+        return _examine_invented(plan, leaves, use)
+    reason = _obstacle(leaves)
+    return examine(plan, leaves, (use,)) if reason is None else reason
+
+
+def _examine_invented(
+    plan: Plan, leaves: Sequence[Any], use: Capability = "reverse"
+) -> Report | str:
+    return in_fresh_thread(lambda: examine_invented(plan, leaves, use))
+
+
+def _is_traced(leaves: Sequence[Any]) -> bool:
+    return any(isinstance(x, torch.Tensor) and torch_compat.is_fake(x) for x in leaves)
+
+
+def _plain(leaves: Sequence[Any]) -> list[Any]:
+    return [x.detach() if isinstance(x, torch.Tensor) else x for x in leaves]
 
 
 def _obstacle(leaves: Sequence[Any]) -> str | None:
     """Say why a check cannot run on these leaves."""
     tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
-    if any(tensor.is_meta or torch_compat.is_fake(tensor) for tensor in tensors):
-        return _WITHOUT_VALUES
+    if any(tensor.is_meta for tensor in tensors):
+        return "the arguments are meta tensors, without values"
+    if any(t.layout is not torch.strided for t in tensors):
+        return "an argument is sparse: its numbers cannot be moved one by one"
     strange = [t for t in tensors if torch_compat.is_foreign_subclass(t)]
     if strange:
         return (
@@ -117,10 +261,4 @@ def _obstacle(leaves: Sequence[Any]) -> str | None:
         )
     if any(t.is_cuda for t in tensors) and torch.cuda.is_current_stream_capturing():
         return "a CUDA graph is being captured"
-    size = 8 * 8 * sum(tensor.numel() for tensor in tensors)
-    if size > MOST_BYTES:
-        return (
-            f"the check of arguments of this size would take {size / 2**20:.0f} MiB; "
-            "give the rule smaller ones with probe="
-        )
     return None

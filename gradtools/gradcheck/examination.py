@@ -1,34 +1,39 @@
-"""What a rule is asked: one run through the questions, on one set of arguments."""
+"""What a rule is asked: the questions, in order, for each use that is made of it."""
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import dataclasses
-import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
 
 from gradtools import torch_compat
-from gradtools.errors import GradientMismatchError, Violation
-from gradtools.gradcheck import probes, second_order
-from gradtools.gradcheck.numeric import Comparison, compare, random_like
+from gradtools.errors import GradtoolsError
+from gradtools.gradcheck import probes
+from gradtools.gradcheck.batch import batch, of_patterns
+from gradtools.gradcheck.budget import approximation
+from gradtools.gradcheck.derivative import at_other_sizes, derivative
+from gradtools.gradcheck.forward_mode import forward_mode
+from gradtools.gradcheck.linearity import linearity
 from gradtools.gradcheck.probes import Probe
-from gradtools.gradcheck.report import Evidence, Report
+from gradtools.gradcheck.purity import First, first_run
+from gradtools.gradcheck.reference import figures
+from gradtools.gradcheck.report import Capability, Evidence, Figures, Report
+from gradtools.gradcheck.second_order import second_order
+from gradtools.gradcheck.subject import Subject, floats
+from gradtools.gradcheck.surroundings import Unreachable, buffers_kept, without_ranks
+from gradtools.gradcheck.trial import Trial
 from gradtools.lowering.flat import Plan
-from gradtools.lowering.replay import random_state, replayed
 from gradtools.probing import probing
 from gradtools.rules.rule import Approximate, Exact, Surrogate
-from gradtools.trees import Structure
 
-__all__ = ["describe", "examine"]
+__all__ = ["describe", "examine", "examine_batch", "examine_invented"]
 
-DIRECTIONS = 2
-TRIES = 3
-SMOOTH_RTOL = 1e-5
-ROUGH_RTOL = 3e-3
-MOST_NOISE = 1e-3  # for a refusal
+MOST_BYTES = 256 * 2**20
 
 
 def describe(plan: Plan) -> str:
@@ -42,349 +47,266 @@ def describe(plan: Plan) -> str:
     return ", ".join(parts)
 
 
-def examine(plan: Plan, leaves: Sequence[Any]) -> Report:
-    """Ask everything of a rule on the given leaves; raise when it is wrong."""
-    start = time.perf_counter()
-    with probing(), torch_compat.clean_autograd(), torch.no_grad():
-        examination = _Examination(plan, leaves)
-        evidence = examination.run()
-    return Report(
-        plan.rule.where,
-        describe(plan),
-        tuple(evidence),
-        time.perf_counter() - start,
-        examination.evaluations,
-        examination.second_order,
+def examine(
+    plan: Plan,
+    leaves: Sequence[Any],
+    capabilities: Collection[Capability] = ("reverse",),
+    *,
+    full: bool = False,
+    watch: bool = True,
+) -> Report:
+    """Ask everything of a rule that certain uses of it need.
+
+    Args:
+        plan: The rule at a signature.
+        leaves: The arguments of a call, plain tensors among them.
+        capabilities: The uses.
+        full: Ask also what no use has asked for yet, and measure what pictures show.
+        watch: Look for tensors that reach the rule past its arguments.
+
+    Returns:
+        The report; ``failure`` is what the rule got wrong, if anything.
+    """
+    return _Examination(plan, full, watch).run(
+        lambda self: self.ask(leaves, capabilities), leaves
+    )
+
+
+def examine_invented(
+    plan: Plan, leaves: Sequence[Any], use: Capability
+) -> Report | str:
+    """Ask what a use needs of a rule in a trace, on numbers that are made up.
+
+    Returns:
+        The report, or why there is none: the function may take no such numbers.
+    """
+    reason = "a trace has no values, and made-up ones are not in the domain of fun"
+    for probe in probes.invented(plan, leaves):
+        subject = Subject(plan.rule, probe.leaves)
+        try:
+            with probing(), torch_compat.clean_autograd(), torch.no_grad():
+                outs = subject.fun(probe)
+                if all(bool(torch.isfinite(out).all()) for out in outs):
+                    return examine(probe.plan, probe.leaves, (use,))
+        except Exception as error:  # numbers that the user has not chosen
+            reason = (
+                "a trace has no values, and on made-up ones the function raises "
+                f"{type(error).__name__}: {error}"
+            )
+    return f"{reason}; give the rule some with probe=, or call it once before"
+
+
+def examine_batch(plan: Plan, batched: Any, leaves: Sequence[Any]) -> Report:
+    """Ask of a rule whether a batch gives what its elements give."""
+    return _Examination(plan).run(
+        lambda self: self.ask_of_batch(batched, leaves), leaves
     )
 
 
 class _Examination:
     """One run through the questions."""
 
-    def __init__(self, plan: Plan, leaves: Sequence[Any]) -> None:
+    def __init__(self, plan: Plan, full: bool = False, watch: bool = True) -> None:
+        self.plan = plan
         self.rule = plan.rule
-        self.evaluations = 0
-        self.in_double = False
-        self.second_order: GradientMismatchError | None = None
-        self.generator = torch.Generator().manual_seed(0)
-        given = plan.rule.probe
-        if given is None:
-            plain = [x.detach() if isinstance(x, torch.Tensor) else x for x in leaves]
-            self.probe = Probe(plan, ()).with_leaves(plain)
-        else:
-            values = given()
-            values = values if isinstance(values, tuple) else (values,)
-            self.probe = probes.of_entries(plan, plan.rule.parameters.bind(values, {}))
-        self.state = random_state(self.probe.leaves)
+        self.full = full
+        self.watch = watch
+        self.evidence: list[Evidence] = []
+        self.current: Capability = "reverse"
+        self.figures: tuple[Figures, ...] = ()
+        self.subject: Any = None
 
-    def run(self) -> list[Evidence]:
-        probe = self.widened()
-        evidence = [self.forward_agrees(probe)]
-        claimed = self.rule.contract
+    def run(self, ask: Callable[[_Examination], None], leaves: Sequence[Any]) -> Report:
+        """Run in surroundings that the caller will find as they were."""
+        start, failure = time.perf_counter(), None
+        rule = self.rule
+        held = [*leaves, rule.fun, rule.fwd, rule.bwd, rule.jvp]
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(probing())
+            stack.enter_context(torch_compat.clean_autograd())
+            stack.enter_context(torch.no_grad())
+            stack.enter_context(without_ranks())
+            stack.enter_context(buffers_kept(held))
+            self.subject = Subject(rule, leaves)
+            try:
+                with self.subject.randomness.rewound():
+                    ask(self)
+            except Unreachable as error:
+                self.note("everything", "not checked", str(error))
+            except GradtoolsError as error:
+                failure = copy.copy(error)  # without the frames of this call
+                what = error.what.removeprefix(f"{rule.name}: ")
+                self.note("verdict", "failed", what)
+        return Report(
+            rule.where,
+            describe(self.plan),
+            tuple(self.evidence),
+            _claim(rule.contract),
+            time.perf_counter() - start,
+            self.subject.evaluations,
+            failure,
+            self.figures,
+        )
+
+    def note(self, question: str, outcome: Any, detail: str) -> None:
+        self.evidence.append(
+            Evidence(question, outcome, detail, capability=self.current)
+        )
+
+    def add(self, evidence: Sequence[Evidence]) -> None:
+        self.evidence += [
+            dataclasses.replace(item, capability=self.current) for item in evidence
+        ]
+
+    def ask(self, leaves: Sequence[Any], capabilities: Collection[Capability]) -> None:
+        """Ask what the uses of a rule need."""
+        probe = self.probe(leaves)
+        if probe is None:
+            self.note("everything", "not checked", _TOO_BIG)
+            return
+        probe = self.widened(probe)
+        questions: dict[Capability, Callable[[Probe], None]] = {
+            "reverse": self.reverse,
+            "second order": self.second_order,
+            "forward mode": self.forward_mode,
+            "vmap": self.vmap,
+        }
+        for self.current, question in questions.items():
+            if self.current in capabilities:
+                question(probe)
+
+    def probe(self, leaves: Sequence[Any]) -> Probe | None:
+        """Return the arguments to check on: given, or those of the call, or smaller."""
+        if self.rule.probe is not None:
+            return probes.given(self.plan)
+        probe = probes.of_call(self.plan, leaves)
+        size = _size(probe.leaves)
+        if 64 * size <= MOST_BYTES:
+            # The outputs may be larger; on small arguments this is not worth a run.
+            if size <= 2**12:
+                return probe
+            if 64 * (size + _size(self.subject.fun(probe))) <= MOST_BYTES:
+                return probe
+        return self.cut(probe)
+
+    def cut(self, probe: Probe) -> Probe | None:
+        """Return smaller arguments of the same kind, on which the functions run."""
+        most = MOST_BYTES // 64
+        while (small := probes.smaller(probe, most)) is not None:
+            try:
+                outs = self.subject.fun(small)
+                self.subject.fwd(small.watched(anew=False))
+            except Exception:  # a reshape to fixed sizes, say
+                return None
+            if 64 * (_size(small.leaves) + _size(outs)) <= MOST_BYTES:
+                shapes = describe(small.plan)
+                self.note("arguments", "passed", f"large; cut to {shapes}")
+                return small
+            most //= 4
+        return None
+
+    def widened(self, probe: Probe) -> Probe:
+        """Return the probe in double precision, where the functions take that."""
+        subject = self.subject
+        probe = probe.watched(anew=False)
+        wide = probes.in_double(probe)
+        plain = probe.with_leaves(
+            [x.clone() if isinstance(x, torch.Tensor) else x for x in probe.leaves]
+        )
+        try:
+            if self.rule.bwd is not None or self.rule.jvp is not None:
+                outs = subject.fun(wide)
+                run = subject.fwd(wide)
+                given = [torch.ones_like(o) for o in run.outs if floats(o)]
+                subject.bwd(run, given)
+                subject.in_double = all(
+                    not floats(o) or torch.finfo(o.dtype).eps < 1e-15 for o in outs
+                )
+        except Exception:  # whatever it is, the user's own dtype will show it
+            return plain
+        return wide
+
+    def reverse(self, probe: Probe) -> None:
+        """Ask whether bwd is what its contract claims."""
+        subject, claimed = self.subject, self.rule.contract
+        near = probes.moved_off_kinks(probe, subject.generator)
+        first, evidence = first_run(subject, near, watch=self.watch)
+        self.add(evidence)
         if isinstance(claimed, Surrogate):
             if claimed.reference is None:
-                evidence.append(
-                    Evidence("derivative", "passed", "a surrogate, not compared")
-                )
-                return evidence
-            rule = dataclasses.replace(self.rule, bwd=claimed.reference)
-            probe = Probe(dataclasses.replace(probe.plan, rule=rule), probe.leaves)
-        evidence += self.derivative(probe)
-        if self.in_double and claimed == Exact():
-            evidence += self.second_derivative(probe)
-        return evidence
-
-    # Running the user's functions.
-
-    def fun(self, probe: Probe, leaves: Sequence[Any]) -> Sequence[torch.Tensor]:
-        self.evaluations += 1
-        plan = probe.plan
-        with replayed(self.state):
-            out = plan.signature.parameters.call(
-                plan.rule.fun, plan.signature.entries(leaves)
-            )
-        return Structure.split(out)[0]
-
-    def fwd(self, probe: Probe) -> Any:
-        self.evaluations += 1
-        with replayed(self.state):
-            return probe.plan.forward(probe.leaves)
-
-    def widened(self) -> Probe:
-        """Return the probe in double precision, where the function takes that."""
-        probe = probes.in_double(self.probe)
-        try:
-            self.fun(probe, probe.leaves)
-            self.fwd(probe)
-        except Exception:
-            return self.probe
-        self.in_double = True
-        return probe
-
-    # The questions.
-
-    def forward_agrees(self, probe: Probe) -> Evidence:
-        if self.rule.fwd is None:
-            return Evidence("fwd agrees with fun", "passed", "fun itself runs")
-        expected = self.fun(probe, probe.leaves)
-        outs = self.fwd(probe)[0]
-        worst = 0.0
-        for place, (want, got) in enumerate(zip(expected, outs, strict=False)):
-            if want.shape != got.shape or want.dtype != got.dtype:
-                raise self.wrong_forward(place, _of(want), _of(got))
-            error = _relative_error(want, got)
-            tolerance = 1e-6 if self.in_double else 100 * _epsilon(want)
-            if error > tolerance:
-                raise self.wrong_forward(
-                    place,
-                    "the value of fun",
-                    f"a value that differs by {error:.1e} of its size",
-                )
-            worst = max(worst, error)
-        if len(expected) != len(outs):
-            raise self.wrong_forward(
-                0, f"{len(expected)} tensors", f"{len(outs)} tensors"
-            )
-        return Evidence("fwd agrees with fun", "passed", f"to {worst:.0e}", worst)
-
-    def wrong_forward(
-        self, place: int, expected: str, got: str
-    ) -> GradientMismatchError:
-        return GradientMismatchError(
-            f"{self.rule.name}: fwd does not return what the function returns",
-            rule=self.rule.where,
-            function=self.rule.which("fwd"),
-            violations=[Violation(f"output {place}", expected, got)],
-            fix="Make fwd compute the function itself, and return its residuals beside "
-            "it.",
-        )
-
-    def derivative(self, probe: Probe) -> list[Evidence]:
-        """Compare bwd with differences: together, then one by one for the culprit."""
-        places = probe.places
-        if not isinstance(self.rule.contract, Approximate):
-            together = self.measured(probe, places)
-            if together is not None and all(map(self.is_allowed, together)):
-                return [_evidence(_question(probe, places), together)]
-        return [self.one(probe, place) for place in places]
-
-    def one(self, probe: Probe, place: int) -> Evidence:
-        question = _question(probe, [place])
-        measured = self.measured(probe, [place])
-        if measured is None:
-            return Evidence(question, "not checked", "differences do not converge here")
-        wrong = [item for item in measured if not self.is_allowed(item)]
-        if wrong:
-            raise self.wrong_derivative(probe, place, max(wrong, key=_error))
-        return _evidence(question, measured)
-
-    def second_derivative(self, probe: Probe) -> list[Evidence]:
-        """Compare the derivative of bwd with differences of bwd.
-
-        A rule may be right and have no second derivative: then it is refused where it
-        is asked for, and only there.
-        """
-        if self.rule.bwd is None or self.rule.once_differentiable:
-            return []
-        worst: Comparison | None = None
-        for _ in range(TRIES):
-            near = probes.moved_off_kinks(probe, self.generator)
-            try:
-                item = self.compared_again(near)
-            except Exception:  # code that torch cannot see raises what it likes
-                return []
-            if item.is_conclusive and self.is_allowed(item):
-                return [_evidence("second derivative", [item])]
-            known = item.noise <= MOST_NOISE * abs(item.numeric)
-            if not (known and math.isfinite(item.analytic)):
-                return []
-            if worst is None or item.error < worst.error:
-                worst = item
-        assert worst is not None
-        self.second_order = self.wrong_second_derivative(worst)
-        detail = f"off by {worst.error:.1e} of its size; refused where it is asked for"
-        return [Evidence("second derivative", "not given", detail, worst.error)]
-
-    def wrong_second_derivative(self, worst: Comparison) -> GradientMismatchError:
-        return GradientMismatchError(
-            f"{self.rule.name}: the derivative of bwd, for a second derivative, is not "
-            "what differences of bwd say",
-            rule=self.rule.where,
-            function=self.rule.which("bwd"),
-            violations=[
-                Violation(
-                    "second derivative",
-                    f"{worst.numeric:.6g} along a random direction, by differences",
-                    f"{worst.analytic:.6g}",
-                )
-            ],
-            fix="Look for a .detach(), .item() or no_grad in fwd or bwd, or declare "
-            "once_differentiable=True.",
-        )
-
-    def measured(
-        self,
-        probe: Probe,
-        places: list[int],
-    ) -> list[Comparison] | None:
-        """Compare along a few directions; None where differences mean nothing.
-
-        A kink near the probe makes one try wrong, a wrong rule makes all tries wrong.
-        """
-        best: list[Comparison] | None = None
-        for attempt in range(TRIES):
-            near = probes.moved_off_kinks(probe, self.generator)
-            found = self.compared(near, places)
-            if found is None:
-                found = self.compared(probe, places)
-            if found is None:
-                continue
-            if best is None or _worst(found) < _worst(best):
-                best = found
-            if _worst(best) <= SMOOTH_RTOL or attempt + 1 == TRIES:
-                break
-        return best
-
-    def compared(self, probe: Probe, places: list[int]) -> list[Comparison] | None:
-        outs, new, layout = self.fwd(probe)
-        kept = layout.pick(probe.leaves, outs, new)
-        able = [out.is_floating_point() or out.is_complex() for out in outs]
-        needs = [place in places for place in range(len(probe.leaves))]
-
-        def fun(leaves: Sequence[Any]) -> list[torch.Tensor]:
-            return [
-                out
-                for out, can in zip(self.fun(probe, leaves), able, strict=True)
-                if can
-            ]
-
-        def bwd(cotangents: Sequence[torch.Tensor]) -> Sequence[torch.Tensor | None]:
-            self.evaluations += 1
-            given = iter(cotangents)
-            with replayed(self.state):
-                every = [next(given) if can else None for can in able]
-                return probe.plan.backward(layout, kept, every, needs)
-
-        floating = [out for out, can in zip(outs, able, strict=True) if can]
-        if not floating or not places:
-            return []
-        found = [
-            compare(fun, bwd, probe, floating, places, self.generator)
-            for _ in range(DIRECTIONS)
-        ]
-        return found if all(item.is_conclusive for item in found) else None
-
-    def compared_again(self, probe: Probe) -> Comparison:
-        plan, places = probe.plan, probe.places
-        outs = self.fwd(probe)[0]
-        cotangents = [
-            random_like(out, self.generator)
-            if out.is_floating_point() or out.is_complex()
-            else None
-            for out in outs
-        ]
-
-        def gradient(leaves: Sequence[Any]) -> list[torch.Tensor]:
-            self.evaluations += 1
-            with replayed(self.state):
-                return second_order.gradient(plan, leaves, cotangents, places)
-
-        def pulled_back(weights: Sequence[torch.Tensor]) -> Any:
-            self.evaluations += 1
-            with replayed(self.state):
-                found = second_order.pulled_back(
-                    plan, probe.leaves, cotangents, places, weights
-                )
-            return [None] * len(probe.leaves) if found is None else found
-
-        here = gradient(probe.leaves)
-        return compare(gradient, pulled_back, probe, here, places, self.generator)
-
-    def allowed(self, item: Comparison) -> float:
-        """Return the tolerance: what the contract says, else what was earned."""
-        claimed = self.rule.contract
+                self.note("derivative", "passed", "a surrogate, not compared")
+                return
+            first = self.of_reference(first, claimed)
+        trial = Trial.of(subject, first.run, 1, [first.cotangents], [first.values])
+        if self.full:
+            self.figures = figures(trial)
         if isinstance(claimed, Approximate):
-            return claimed.rel + (claimed.abs or 0.0) / (item.scale or 1.0)
-        if isinstance(claimed, Exact) and (claimed.rtol or claimed.atol):
-            return (claimed.rtol or 0.0) + (claimed.atol or 0.0) / (item.scale or 1.0)
-        if not self.in_double:
-            return 10 * ROUGH_RTOL
-        return SMOOTH_RTOL if item.precision < SMOOTH_RTOL / 10 else ROUGH_RTOL
+            self.add(approximation(trial, claimed))
+            return
+        if self.rule.bwd is not None:
+            self.add([linearity(trial)])
+        plan = trial.probe.plan  # with the reference of a surrogate in it
+        self.add(derivative(trial, Probe(plan, probe.leaves)))
+        self.add(at_other_sizes(trial))
 
-    def is_allowed(self, item: Comparison) -> bool:
-        return item.error <= self.allowed(item)
+    def of_reference(self, first: First, claimed: Surrogate) -> First:
+        """Return what the reference of a surrogate says in the place of its bwd."""
+        run = first.run
+        rule = dataclasses.replace(self.rule, bwd=claimed.reference)
+        plan = dataclasses.replace(run.probe.plan, rule=rule)
+        run = dataclasses.replace(run, probe=Probe(plan, run.probe.leaves))
+        values = self.subject.bwd(run, first.cotangents)
+        return dataclasses.replace(first, run=run, values=values)
 
-    def wrong_derivative(
-        self, probe: Probe, place: int, worst: Comparison
-    ) -> GradientMismatchError:
-        path = probe.plan.signature.paths()[place]
-        what = (
-            "outside the budget of its contract"
-            if isinstance(self.rule.contract, Approximate)
-            else "not the derivative of the function"
-        )
-        return GradientMismatchError(
-            f"{self.rule.name}: what bwd returns for {path} is {what}",
-            rule=self.rule.where,
-            function=self.rule.which("bwd"),
-            violations=[
-                Violation(
-                    path,
-                    f"{worst.numeric:.6g} along a random direction, by differences",
-                    f"{worst.analytic:.6g}, off by {worst.error:.1e} of its size "
-                    f"(allowed: {self.allowed(worst):.0e})",
-                )
-            ],
-            fix="Correct bwd; if it is meant to differ, declare "
-            "contract=Surrogate(...) or Approximate(...).",
-        )
+    def forward_mode(self, probe: Probe) -> None:
+        """Ask whether tangents are right."""
+        if not isinstance(self.rule.contract, Exact):
+            self.add([_claims_nothing("tangent of the output")])
+        else:
+            self.add(forward_mode(self.subject, probe))
 
+    def second_order(self, probe: Probe) -> None:
+        """Ask whether the derivative of bwd is the second derivative."""
+        rule = self.rule
+        if rule.once_differentiable:
+            evidence = [_not_given("declared once_differentiable")]
+        elif not isinstance(rule.contract, Exact):
+            evidence = [_claims_nothing("second derivative")]
+        else:
+            evidence = second_order(self.subject, probe, strict=self.full)
+        self.add(evidence)
 
-def _error(item: Comparison) -> float:
-    return item.error
+    def vmap(self, probe: Probe) -> None:
+        """Ask whether batches give what their elements give."""
+        self.add(of_patterns(self.subject, probe))
 
-
-def _worst(found: Sequence[Comparison]) -> float:
-    return max(map(_error, found), default=0.0)
-
-
-def _evidence(question: str, found: Sequence[Comparison]) -> Evidence:
-    bound = max((max(item.error, item.precision) for item in found), default=0.0)
-    along = "a direction" if len(found) == 1 else f"{len(found)} directions"
-    detail = f"relative error below {bound:.0e} along {along}"
-    return Evidence(question, "passed", detail, bound)
+    def ask_of_batch(self, batched: Any, leaves: Sequence[Any]) -> None:
+        """Ask whether a batch gives what its elements give."""
+        self.current = "vmap"
+        self.add(batch(self.subject, batched, leaves))
 
 
-def _question(probe: Probe, places: Sequence[int]) -> str:
-    return f"derivative in {_list(probe, places)}"
+def _claim(contract: Any) -> str:
+    """Return a contract as a user would write it, without what it leaves open."""
+    given = {k: v for k, v in vars(contract).items() if v is not None}
+    given = {k: getattr(v, "__qualname__", v) for k, v in given.items()}
+    values = ", ".join(f"{name}={value}" for name, value in given.items())
+    return f"{type(contract).__name__}({values})"
 
 
-def _list(probe: Probe, places: Sequence[int]) -> str:
-    paths = probe.plan.signature.paths()
-    return (
-        ", ".join(paths[place].removeprefix("args.") for place in places) or "nothing"
-    )
+_TOO_BIG = (
+    f"the arguments are too large to be checked in {MOST_BYTES >> 20} MiB, and the "
+    "functions do not take smaller ones; give the rule some with probe="
+)
 
 
-def _of(tensor: torch.Tensor) -> str:
-    return f"a tensor of shape {tuple(tensor.shape)}, {tensor.dtype}"
+def _not_given(why: str) -> Evidence:
+    return Evidence("second derivative", "not given", why)
 
 
-def _epsilon(tensor: torch.Tensor) -> float:
-    return torch.finfo(tensor.dtype).eps if _floats(tensor) else 0.0
+def _claims_nothing(question: str) -> Evidence:
+    return Evidence(question, "passed", "not compared: the contract is not Exact")
 
 
-def _floats(tensor: torch.Tensor) -> bool:
-    return tensor.is_floating_point() or tensor.is_complex()
-
-
-def _relative_error(want: torch.Tensor, got: torch.Tensor) -> float:
-    """Largest difference as a part of the largest value, where both are finite."""
-    if not _floats(want):
-        return 0.0 if torch.equal(want, got) else float("inf")
-    finite = torch.isfinite(want) & torch.isfinite(got)
-    if not bool(finite.any()):
-        return 0.0
-    difference = (want - got)[finite].abs().max().item()
-    size = want[finite].abs().max().item()
-    return difference / size if size else difference
+def _size(values: Sequence[Any]) -> int:
+    return sum(x.numel() for x in values if isinstance(x, torch.Tensor))

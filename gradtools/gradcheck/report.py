@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+import numpy as np
 
 from gradtools.errors import GradtoolsError
 
-__all__ = ["Evidence", "Report"]
+if TYPE_CHECKING:
+    from rich.table import Table
+
+__all__ = ["Capability", "Evidence", "Figures", "Outcome", "Report"]
 
 Outcome = Literal["passed", "failed", "not checked", "not given"]
+Capability = Literal["reverse", "forward mode", "second order", "vmap"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,38 +25,71 @@ class Evidence:
     """One question asked of a rule, and its answer.
 
     Attributes:
-        question: What was asked, such as "derivative of args.x".
+        question: What was asked, such as "derivative in x".
         outcome: ``"passed"``, ``"failed"``, ``"not checked"``, or ``"not given"`` for
             what the rule need not have and refuses.
         detail: The figures, or why nothing could be checked.
         error: The largest relative error that was found, where one was measured.
+        capability: What the rule was used for when the question came up.
     """
 
     question: str
     outcome: Outcome
     detail: str = ""
     error: float | None = None
+    capability: Capability = "reverse"
+
+
+@dataclasses.dataclass(frozen=True)
+class Figures:
+    """The cotangent of one argument beside its reference, for the pictures.
+
+    Attributes:
+        where: Key path of the argument, such as ``args.x``.
+        shape: Its shape.
+        places: Positions of the elements below in the flattened argument; all of them,
+            or a sample.
+        analytic: What bwd returns there, for one random cotangent.
+        reference: What it should be.
+        source: Where the reference comes from: ``"autograd"`` or ``"differences"``.
+        steps: Step sizes of central differences along one direction, relative to the
+            size of the argument.
+        errors: For each of them the relative distance from what bwd says.
+    """
+
+    where: str
+    shape: tuple[int, ...]
+    places: np.ndarray[Any, Any]
+    analytic: np.ndarray[Any, Any]
+    reference: np.ndarray[Any, Any]
+    source: str
+    steps: np.ndarray[Any, Any]
+    errors: np.ndarray[Any, Any]
 
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """What was checked of a rule at one signature.
+    """What was checked of a rule at one signature; prints as a table.
 
     Attributes:
         rule: Name and place of the rule.
         signature: The arguments, in words.
         evidence: The questions and answers, in the order in which they were asked.
-        seconds: How long the check took.
-        evaluations: How often fun, fwd and bwd ran for it, together.
-        refusal: What a second derivative will raise, where the rule gives none.
+        contract: What the rule claims to be.
+        seconds: How long the checks took.
+        evaluations: How often fun, fwd and bwd ran for them, together.
+        failure: What the check raised, if it raised.
+        figures: What the pictures show; from ``gradcheck()`` only.
     """
 
     rule: str
     signature: str
     evidence: tuple[Evidence, ...]
+    contract: str = "Exact()"
     seconds: float = 0.0
     evaluations: int = 0
-    refusal: GradtoolsError | None = None
+    failure: GradtoolsError | None = None
+    figures: tuple[Figures, ...] = dataclasses.field(default=(), repr=False)
 
     @property
     def outcome(self) -> Outcome:
@@ -58,15 +99,88 @@ class Report:
             return "failed"
         return "not checked" if "not checked" in outcomes else "passed"
 
+    def with_more(self, later: Report) -> Report:
+        """Return this report with what a later check of the same signature found."""
+        known = {(item.capability, item.question): item for item in self.evidence}
+        known |= {(item.capability, item.question): item for item in later.evidence}
+        order = get_args(Capability)
+        return dataclasses.replace(
+            later,
+            evidence=tuple(
+                sorted(known.values(), key=lambda item: order.index(item.capability))
+            ),
+            seconds=self.seconds + later.seconds,
+            evaluations=self.evaluations + later.evaluations,
+            failure=later.failure or self.failure,
+            figures=later.figures or self.figures,
+        )
+
+    def to_html(self, path: str | Path) -> Path:
+        """Write the report, with pictures, as one file that needs no other.
+
+        Args:
+            path: Where to.
+
+        Returns:
+            The path.
+
+        Raises:
+            ImportError: The report has pictures and matplotlib is not installed.
+        """
+        return write_page([self], path)
+
+    @property
+    def headline(self) -> str:
+        """The rule, the outcome and what the check took, in one line."""
+        return (
+            f"{self.rule}: {self.outcome} in {self.seconds * 1e3:.1f} ms, "
+            f"{self.evaluations} evaluations"
+        )
+
     def __str__(self) -> str:
         width = max((len(item.question) for item in self.evidence), default=0)
+        claim = "" if self.contract == "Exact()" else f"; contract {self.contract}"
         lines = [
-            f"{self.rule}: {self.outcome} in {self.seconds * 1e3:.1f} ms, "
-            f"{self.evaluations} evaluations",
-            f"  {self.signature}",
+            self.headline,
+            f"  {self.signature}{claim}",
             *(
                 f"  {item.outcome:<11}  {item.question:<{width}}  {item.detail}"
                 for item in self.evidence
             ),
         ]
         return "\n".join(lines)
+
+    def __rich__(self) -> Table:
+        """Print in colour where rich prints."""
+        from rich.markup import escape
+        from rich.table import Table
+
+        table = Table(
+            title=escape(self.headline),
+            caption=escape(self.signature),
+            title_justify="left",
+        )
+        for heading in ("outcome", "of", "question", "detail"):
+            table.add_column(heading)
+        for item in self.evidence:
+            colour = _COLOURS[item.outcome]
+            cells = item.capability, escape(item.question), escape(item.detail)
+            table.add_row(f"[{colour}]{item.outcome}[/]", *cells)
+        return table
+
+
+_COLOURS = {
+    "passed": "green",
+    "failed": "bold red",
+    "not checked": "yellow",
+    "not given": "dim",
+}
+
+
+def write_page(reports: Sequence[Report], path: str | Path) -> Path:
+    """Write reports as one HTML file."""
+    from gradtools.gradcheck.page import page  # matplotlib, where it draws
+
+    target = Path(path)
+    target.write_text(page(reports), encoding="utf-8")
+    return target

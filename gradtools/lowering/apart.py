@@ -31,6 +31,7 @@ class BackwardPlan:
 
     primal = False
     has_jvp = False
+    order = 1
 
     def __init__(self, plan: Lowerable, layout: Layout, needs: Sequence[bool]) -> None:
         self.plan = plan
@@ -47,6 +48,12 @@ class BackwardPlan:
         )
 
     def first_use(self, leaves: Sequence[Any]) -> None:
+        """Do nothing: the rule itself has been checked."""
+
+    def first_batch(self, batched: Any, leaves: Sequence[Any]) -> None:
+        """Do nothing: the rule itself has been checked."""
+
+    def first_derived(self, what: str) -> None:
         """Do nothing: the rule itself has been checked."""
 
     def forward(

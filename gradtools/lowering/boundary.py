@@ -19,18 +19,23 @@ that needs it.
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import gc
 import itertools
+import sys
 import types
 import warnings
 import weakref
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, ParamSpec, Protocol, TypeVar
 
 import torch
 from torch.autograd import Function
 
 from gradtools import torch_compat, trees
+from gradtools.errors import GradtoolsError
 from gradtools.lowering import free_variables
 from gradtools.lowering.flat import Plan, State
 from gradtools.lowering.residuals import Layout
@@ -62,6 +67,25 @@ _frames: Any = _C._dynamo.eval_frame
 _SKIP = _frames._FrameExecStrategy(_frames._FrameAction.SKIP, _frames._FrameAction.SKIP)
 
 
+def in_fresh_thread(function: Callable[[], R]) -> R:
+    """Run a function where no transform, no fake mode and no trace is under way.
+
+    The caller may be compiling and hold Dynamo's lock, so nothing is compiled there.
+    """
+    device = torch.get_default_device()
+    context = contextvars.copy_context()
+
+    def run() -> R:
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(device)
+            if "torch._dynamo" in sys.modules:
+                stack.enter_context(torch.compiler.set_stance("force_eager"))
+            return function()
+
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(context.run, run).result()
+
+
 class Crossable(Protocol):
     """What can be called on the other side of the boundary."""
 
@@ -74,8 +98,10 @@ class Crossable(Protocol):
         """Call the rule in eager mode, with bound arguments."""
         ...
 
-    def before_trace(self) -> None:
-        """Say so if the rule has not been checked."""
+    def before_trace(
+        self, entries: tuple[Any, ...] | None, wants: Callable[[Any], bool] | None
+    ) -> None:
+        """Check the rule on arguments like these, which have no values."""
         ...
 
 
@@ -113,11 +139,12 @@ def call(target: Crossable, args: tuple[Any, ...], kwargs: dict[str, Any]) -> An
     if moving and _level_is_outside():
         _prepare(target.key)
         return _outside(target, entries)
-    _before_trace(target.key)
     if rule.bwd is None or moving or _must_cross():
+        _before_trace(target.key, True)
         return _cross(target, entries, leaves, moving)
     if not _needs_gradient(leaves):
         return rule.parameters.call(rule.fun, entries)
+    _before_trace(target.key, False)
     needs = tuple(isinstance(x, torch.Tensor) and x.requires_grad for x in leaves)
     plan = Plan(
         rule, CallSignature(rule.parameters, entries, leaves, spec, needs), _STATE
@@ -159,8 +186,79 @@ _STATE = State(watched={"fwd", "bwd"})
 
 
 @at_trace_time
-def _before_trace(key: str) -> None:
-    _registry[key].before_trace()
+def _before_trace(key: str, transformed: bool) -> None:
+    """Let the check run on what Dynamo knows of the arguments."""
+    from torch._dynamo.exc import ShortenTraceback
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+
+    frame: Any = InstructionTranslator.current_tx().output.current_tx
+    while frame.f_code is not _code_of_call:
+        frame = frame.parent
+    wanting: list[torch.Tensor] = []
+    try:
+        entries = _stand_in(frame.symbolic_locals["entries"], wanting)
+    except _Unknown:
+        entries = None
+
+    def wants(leaf: Any) -> bool:
+        return isinstance(leaf, torch.Tensor) and (
+            leaf.requires_grad or any(leaf is tensor for tensor in wanting)
+        )
+
+    try:
+        _registry[key].before_trace(entries, None if transformed else wants)
+    except GradtoolsError as error:
+        # Dynamo lets some of its own exceptions through; of all others it makes a
+        # report of an internal error.
+        kind = type(error)
+        both: Any = type(kind.__name__, (kind, ShortenTraceback), {})
+        wrapped = both.__new__(both, *error.args)
+        wrapped.__dict__.update(error.__dict__, **_SHORT)
+        raise wrapped from None
+
+
+_SHORT = {"first_useful_frame": None, "frame_exec_strategy": None}
+_code_of_call = call.__code__
+
+
+class _Unknown(Exception):  # noqa: N818 (caught above)
+    """Dynamo holds a value that has no likeness outside of a trace."""
+
+
+def _stand_in(variable: Any, wanting: list[torch.Tensor]) -> Any:
+    """Return what a variable of Dynamo's stands for, tensors without their values.
+
+    Args:
+        variable: Dynamo's.
+        wanting: Takes the tensors that need a gradient.
+    """
+    variable = variable.realize()
+    if hasattr(variable, "proxy") and "example_value" in variable.proxy.node.meta:
+        example = variable.proxy.node.meta["example_value"]
+        if not isinstance(example, torch.Tensor):
+            return torch_compat.hint(example)
+        shape = [torch_compat.hint(size) for size in example.shape]
+        one = torch.empty((), dtype=example.dtype, device=example.device)
+        tensor = one.expand(shape)  # no memory for what has no values
+        if example.requires_grad:
+            wanting.append(tensor)
+        return tensor
+    if variable.is_python_constant():
+        return variable.as_python_constant()
+    items = getattr(variable, "items", None)
+    if isinstance(items, list):
+        kind = variable.python_type()
+        values = [_stand_in(item, wanting) for item in items]
+        return kind(*values) if hasattr(kind, "_fields") else kind(values)
+    if isinstance(items, dict):
+        return {
+            key.vt.as_python_constant(): _stand_in(item, wanting)
+            for key, item in items.items()
+        }
+    for name in ("value", "fn"):
+        if hasattr(variable, name) and variable.source is not None:
+            return getattr(variable, name)
+    raise _Unknown  # made in the trace: there is nothing outside yet
 
 
 @at_trace_time

@@ -22,6 +22,7 @@ __all__ = [
     "PLAIN",
     "hidden_numbers",
     "hidden_tensors",
+    "modules_within",
     "name_of",
     "place_of",
     "tensors_used",
@@ -169,6 +170,12 @@ def _named_parts(value: Any, names: frozenset[str]) -> list[Any]:
 
 def _is_slot(descriptor: Any) -> bool:
     return isinstance(descriptor, types.MemberDescriptorType)
+
+
+def modules_within(value: Any) -> list[torch.nn.Module]:
+    """Return the modules that an object is or holds inside, in any depth."""
+    found = _reachable(value, "", 4, set(), torch.nn.Module)
+    return [inner for _, module in found for inner in module.modules()]
 
 
 def hidden_numbers(value: Any) -> list[Any]:

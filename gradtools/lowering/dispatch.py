@@ -22,7 +22,7 @@ import torch
 from gradtools import torch_compat, trees
 from gradtools.errors import DefinitionError, Violation
 from gradtools.lowering import boundary, captures, contents, free_variables, functions
-from gradtools.lowering.flat import Plan, State
+from gradtools.lowering.flat import Checks, Plan, State
 from gradtools.rules.rule import Rule
 from gradtools.rules.signature import (
     CallSignature,
@@ -42,19 +42,18 @@ class Lowered:
 
     Args:
         rule: The rule.
-        check: Called with a plan and the plain leaves of a call before the rule runs;
-            raises when the rule is wrong.
+        checks: Told of uses before they happen; raises when the rule is wrong.
         policy: Returns the policy of the gradient check.
     """
 
     def __init__(
         self,
         rule: Rule,
-        check: Callable[[Plan, Sequence[Any]], None],
+        checks: Checks,
         policy: Callable[[], str],
     ) -> None:
         self.rule = rule
-        self.check = check
+        self.checks = checks
         self.policy = policy
         self.direct = functions.named(functions.Direct, rule.name)
         self.composable = functions.named(functions.Composable, rule.name)
@@ -107,7 +106,8 @@ class Lowered:
         needs = wanted(leaves, transformed, moving)
         if not any(needs):
             return self.run_primal(leaves, spec, entries, transformed)
-        plan = self.plan(leaves, spec, entries, needs, moving)
+        order = torch_compat.order(leaves) if transformed else 1
+        plan = self.plan(leaves, spec, entries, needs, moving, order)
         if plan.state.watched and next(self.owed(leaves), None) is not None:
             plan.state.watched.clear()  # look for captured tensors again
         function = self.composable if transformed else self.direct
@@ -129,8 +129,16 @@ class Lowered:
         if transformed and (rule.vmap != "auto" or rule.vmap_rule is not None):
             needs = (False,) * len(leaves)
             signature = CallSignature(rule.parameters, entries, leaves, spec, needs)
-            watched = set() if torch.is_grad_enabled() else {"fwd"}
-            plan = Plan(rule, signature, State(watched=watched), primal=True)
+            state = self.state(("primal", str(spec), *map(_roughly, leaves)))
+            state.watched = set() if torch.is_grad_enabled() else {"fwd"}
+            plan = Plan(
+                rule,
+                signature,
+                state,
+                self.policy(),
+                checks=self.checks,
+                primal=True,
+            )
             *tensors, layout = self.composable.apply(plan, *leaves)
             return layout.outputs.rebuild(tensors)
         values = leaves if spec is None else trees.unflatten(leaves, spec)
@@ -155,6 +163,19 @@ class Lowered:
         needs = tuple(map(is_differentiable, leaves))
         return self.make_plan(leaves, spec, entries, needs, False, (), "always"), leaves
 
+    def plan_for_trace(
+        self, entries: tuple[Any, ...], wants: Callable[[Any], bool] | None
+    ) -> tuple[Plan, Sequence[Any]]:
+        """Return a plan for a call that is being traced; its leaves."""
+        leaves, spec = flatten_entries(entries)
+        needs = tuple(map(wants or is_differentiable, leaves))
+        autocast = torch_compat.autocast_state(_devices(leaves))
+        policy = self.policy()
+        return (
+            self.make_plan(leaves, spec, entries, needs, False, autocast, policy),
+            leaves,
+        )
+
     def plan(
         self,
         leaves: Sequence[Any],
@@ -162,18 +183,20 @@ class Lowered:
         entries: Sequence[Any],
         needs: tuple[bool, ...],
         moving: bool,
+        order: int,
     ) -> Plan:
         """Return the plan for a call, made on its first occasion."""
         autocast = torch_compat.autocast_state(_devices(leaves))
         policy = self.policy()
         try:
-            key = (spec, needs, moving, autocast, policy, *map(_exactly, leaves))
+            key = (spec, needs, moving, order, autocast, policy)
+            key = (*key, *map(_exactly, leaves))
             plan = self.plans.get(key)
         except TypeError:  # sizes that are symbols have no hash
             key = plan = None
         if plan is None:
             plan = self.make_plan(
-                leaves, spec, entries, needs, moving, autocast, policy
+                leaves, spec, entries, needs, moving, autocast, policy, order
             )
             if key is not None:
                 if len(self.plans) >= _MOST_PLANS:
@@ -193,29 +216,34 @@ class Lowered:
         moving: bool,
         autocast: Any,
         policy: str,
+        order: int = 1,
     ) -> Plan:
         """Prepare a call signature, or raise where the call can mean nothing."""
         rule = self.rule
         self.refuse_undefined()
         signature = CallSignature(rule.parameters, entries, leaves, spec, needs)
         self.refuse_nondiff(signature, entries)
-        key = (str(spec), needs, autocast, *map(_roughly, leaves))
-        state = self.states.get(key)
-        if state is None:
-            if len(self.states) >= _MOST_STATES:
-                key = "others"
-            state = self.states.setdefault(key, State())
         callables = any(map(captures.may_hide_parameters, leaves))
         return Plan(
             rule,
             signature,
-            state,
+            self.state((str(spec), needs, autocast, *map(_roughly, leaves))),
             policy,
             autocast,
-            self.check,
+            self.checks,
             moving=moving,
+            order=order,
             has_callables=callables,
         )
+
+    def state(self, key: Hashable) -> State:
+        """Return what is known of the rule at a signature."""
+        state = self.states.get(key)
+        if state is None:
+            if len(self.states) >= _MOST_STATES:
+                return State(is_one_of_many=True)
+            state = self.states.setdefault(key, State())
+        return state
 
     def refuse_undefined(self) -> None:
         """Raise where a gradient is wanted of a rule that states none."""

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import threading
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -25,7 +26,7 @@ from gradtools.rules.rule import Rule
 from gradtools.rules.signature import CallSignature
 from gradtools.trees import Structure
 
-__all__ = ["Lowerable", "Plan", "State"]
+__all__ = ["Checks", "Lowerable", "Plan", "State"]
 
 Tensors = Sequence[torch.Tensor]
 Optional = Sequence[torch.Tensor | None]
@@ -44,8 +45,11 @@ class State:
         linear: Why bwd cannot be transposed; None if it can.
         jvp_linear: Why the jvp rule cannot be transposed; None if it can.
         tested: Preconditions that have been tested.
-        checked: What the gradient check keeps here: a report, or an error.
+        checked: By capability, what the gradient check found: None, or an error.
         unchecked: Why calls went unchecked, as far as the report says so.
+        remembered: Arguments of a call, for checks that come when it is over.
+        is_one_of_many: The rule has been met at more signatures than are checked.
+        lock: Held while a check runs.
     """
 
     watched: set[str] = dataclasses.field(default_factory=set)
@@ -56,8 +60,29 @@ class State:
     linear: TransformError | None = None
     jvp_linear: TransformError | None = None
     tested: set[str] = dataclasses.field(default_factory=set)
-    checked: Any = None
+    checked: dict[Hashable, GradtoolsError | None] = dataclasses.field(
+        default_factory=dict
+    )
     unchecked: set[str] = dataclasses.field(default_factory=set)
+    remembered: Any = None
+    is_one_of_many: bool = False
+    lock: threading.RLock = dataclasses.field(default_factory=threading.RLock)
+
+
+class Checks(Protocol):
+    """What a plan tells of its uses; raises where the rule is found wrong."""
+
+    def before_use(self, plan: Plan, leaves: Sequence[Any]) -> None:
+        """Hear that a plan is about to be used on these plain leaves."""
+        ...
+
+    def before_batch(self, plan: Plan, batched: Any, leaves: Sequence[Any]) -> None:
+        """Hear that a batched plan is about to be used on these plain leaves."""
+        ...
+
+    def before_deriving(self, plan: Plan, what: str) -> None:
+        """Hear that what was derived from a rule is about to be used."""
+        ...
 
 
 class Lowerable(Protocol):
@@ -72,6 +97,7 @@ class Lowerable(Protocol):
     state: State
     primal: bool
     moving: bool
+    order: int
     autocast: tuple[tuple[str, torch.dtype], ...]
 
     @property
@@ -81,6 +107,14 @@ class Lowerable(Protocol):
 
     def first_use(self, leaves: Sequence[Any]) -> None:
         """Let the check run, on plain tensors, before the rule is trusted."""
+        ...
+
+    def first_batch(self, batched: Any, leaves: Sequence[Any]) -> None:
+        """Let the check run before the rule is trusted with a batch."""
+        ...
+
+    def first_derived(self, what: str) -> None:
+        """Let the check run before "forward mode" or "second order" is trusted."""
         ...
 
     def forward(
@@ -125,10 +159,12 @@ class Plan:
         policy: The gradient check's policy at the call (backward runs on threads of
             autograd's, which do not see the caller's context).
         autocast: Device types under autocast at the call, with their dtypes.
-        check: Called with the plan and plain leaves before the plan is used.
+        checks: Told of every use until nothing is left to check.
         primal: The plan serves calls that want no gradient: ``fun`` alone runs.
         moving: Forward mode is active at the call.
+        order: How many derivatives of the call are under way.
         has_callables: Some argument may hold parameters.
+        is_unchecked: The check still wants to hear of uses.
     """
 
     rule: Rule
@@ -136,10 +172,12 @@ class Plan:
     state: State
     policy: str = "off"
     autocast: tuple[tuple[str, torch.dtype], ...] = ()
-    check: Callable[[Plan, Sequence[Any]], None] | None = None
+    checks: Checks | None = None
     primal: bool = False
     moving: bool = False
+    order: int = 1
     has_callables: bool = False
+    is_unchecked: bool = True
 
     @property
     def has_jvp(self) -> bool:
@@ -148,8 +186,18 @@ class Plan:
 
     def first_use(self, leaves: Sequence[Any]) -> None:
         """Let the check run, on plain tensors, before the rule is trusted."""
-        if self.check is not None:
-            self.check(self, leaves)
+        if self.is_unchecked and self.checks is not None:
+            self.checks.before_use(self, leaves)
+
+    def first_batch(self, batched: Any, leaves: Sequence[Any]) -> None:
+        """Let the check run before the rule is trusted with a batch."""
+        if self.checks is not None:
+            self.checks.before_batch(self, batched, leaves)
+
+    def first_derived(self, what: str) -> None:
+        """Let the check run before "forward mode" or "second order" is trusted."""
+        if self.checks is not None:
+            self.checks.before_deriving(self, what)
 
     def forward(
         self, leaves: Sequence[Any], *, leading: tuple[int, ...] = ()
@@ -329,9 +377,8 @@ class Plan:
         hidden = _inside(opaque_objects(structure, leaves))
         watch.refuse(outs, "output: ")
         watch.refuse((*kept, *hidden), "residuals: ")
-        self.state.foreign = frozenset(
-            index for index, tensor in enumerate(outs) if not watch.is_known(tensor)
-        )
+        unknown = (i for i, out in enumerate(outs) if not watch.is_known(out))
+        self.state.foreign = frozenset(unknown)
         self.state.watched.add("fwd")
         return out, residuals
 

@@ -68,6 +68,7 @@ class Direct(Function):
             preconditions.second_order(plan, layout, kept, given, leaves)
             if preconditions.refusal(plan) is not None:
                 return None, *_apart(plan, layout, kept, given, needs, leaves)
+            plan.first_derived("second order")
             if leaves is not None:
                 kept = higher_order.traced(plan, layout, kept, leaves)
         values = plan.backward(layout, kept, given, needs)
@@ -90,10 +91,15 @@ class Composable(Function):
             like = layout.only_floating(outs)
             made = leaves if new or layout.opaque else None
             preconditions.second_order(plan, layout, kept, like, made)
+            if plan.order > 1 and preconditions.refusal(plan) is None:
+                plan.first_derived("second order")
             if plan.moving and plan.has_jvp:
                 preconditions.jvp_second_order(plan, layout, leaves, outs)
+                plan.first_derived("forward mode")
             elif plan.moving:
                 preconditions.linearity(plan, layout, kept, outs)
+                if plan.state.linear is None:
+                    plan.first_derived("forward mode")
         return *outs, *(tensor.detach() for tensor in new), layout
 
     @staticmethod
@@ -120,12 +126,16 @@ class Composable(Function):
         needs = ctx.needs_input_grad[1:]
         given = layout.only_floating(cotangents)
         extra = cotangents[layout.outputs.count : -1]
+        refused = preconditions.refusal(plan) is not None
+        again = torch.is_grad_enabled() and not torch_compat.transforms_active()
+        if again and not refused:
+            plan.first_derived("second order")
         inputs = ctx.inputs
         values: Optional = [None] * len(needs)
         if any(cotangent is not None for cotangent in given):
             if plan.rule.materialize_grads:
                 given = _materialized(layout, given, ctx.like)
-            if preconditions.refusal(plan) is not None:
+            if refused:
                 leaves = None if inputs is None else inputs.leaves(kept)
                 values = _apart(plan, layout, kept, given, needs, leaves)
             elif _vectorized_by_itself(plan):

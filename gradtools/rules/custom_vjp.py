@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import (
     TYPE_CHECKING,
     Any,
@@ -19,11 +19,11 @@ import torch
 
 from gradtools.errors import DefinitionError
 from gradtools.gradcheck.check import Checker
-from gradtools.gradcheck.examination import examine
 from gradtools.gradcheck.policy import current_policy
 from gradtools.gradcheck.report import Report
 from gradtools.lowering import boundary
 from gradtools.lowering.dispatch import Lowered
+from gradtools.lowering.flat import Plan
 from gradtools.rules.options import name_of, refuse_options
 from gradtools.rules.rule import Contract, Exact, Rule, VmapMode
 from gradtools.rules.signature import Parameters
@@ -77,12 +77,33 @@ class StatedRule(Generic[P, R]):
         """Call the function with arguments that are bound already, in eager mode."""
         return (self._lowered or self._lower()).run_entries(tuple(entries))
 
-    def before_trace(self) -> None:
-        """Warn where torch.compile traces the rule before any call has checked it."""
-        self._checker.before_trace(self.rule, current_policy())
+    def plan_for_check(
+        self, args: Sequence[Any], kwargs: Mapping[str, Any]
+    ) -> tuple[Plan, Sequence[Any]]:
+        """Return a plan in which every differentiable argument counts; its leaves."""
+        lowered = self._lowered or self._lower()
+        bound = self.rule.parameters.bind(tuple(args), dict(kwargs))
+        return lowered.plan_for_check(bound)
+
+    def before_trace(
+        self, entries: tuple[Any, ...] | None, wants: Callable[[Any], bool] | None
+    ) -> None:
+        """Check the rule where torch.compile traces it before any call has.
+
+        Args:
+            entries: The arguments, with tensors that have no values; None where that
+                cannot be told.
+            wants: Whether the gradient of a value among them is wanted; None: that of
+                all that can have one.
+        """
+        lowered = self._lowered or self._lower()
+        if entries is None:
+            self._checker.before_blind_trace(self.rule, current_policy())
+        else:
+            self._checker.before_trace(*lowered.plan_for_trace(entries, wants))
 
     def _lower(self) -> Lowered:
-        self._lowered = Lowered(self.rule, self._checker.before_use, current_policy)
+        self._lowered = Lowered(self.rule, self._checker, current_policy)
         return self._lowered
 
     def _state(self, **parts: Any) -> None:
@@ -137,12 +158,7 @@ class StatedRule(Generic[P, R]):
         Raises:
             GradientMismatchError: The rule is not what its contract claims.
         """
-        lowered = self._lowered or self._lower()
-        report = examine(
-            *lowered.plan_for_check(self.rule.parameters.bind(args, kwargs))
-        )
-        self._checker.keep(report)
-        return report
+        return self._checker.check_in_full(*self.plan_for_check(args, kwargs))
 
     @property
     def reports(self) -> tuple[Report, ...]:

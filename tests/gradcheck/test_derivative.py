@@ -68,7 +68,15 @@ RIGHT = {
 @pytest.mark.parametrize("name", RIGHT)
 def test_a_right_rule_passes(name):
     fun, bwd, args = RIGHT[name]
-    report = stated(fun, bwd).gradcheck(*args)
+    assert stated(fun, bwd).gradcheck(*args).outcome == "passed"
+
+
+@pytest.mark.parametrize("name", RIGHT)
+def test_the_first_call_costs_a_bounded_number_of_evaluations(name):
+    fun, bwd, args = RIGHT[name]
+    rule = stated(fun, bwd)
+    rule(*(x.requires_grad_() if isinstance(x, torch.Tensor) else x for x in args))
+    (report,) = rule.reports
     assert report.outcome == "passed"
     assert report.evaluations <= 40
 
@@ -101,8 +109,8 @@ def test_a_wrong_rule_is_told_which_argument(name):
     with pytest.raises(gt.GradientMismatchError, match="not the derivative") as caught:
         rule.gradcheck(spread(count), spread(count).flip(0))
     (violation,) = caught.value.violations
-    assert violation.where == f"args.{BLAMED.get(name, 'x')}"
-    assert "by differences" in violation.expected
+    assert violation.where.startswith(f"args.{BLAMED.get(name, 'x')}[")
+    assert "by autograd" in violation.expected
     assert "off by" in violation.got
 
 
@@ -164,7 +172,7 @@ def test_an_approximation_must_stay_inside_its_budget():
             contract=gt.Approximate(**budget),
         ).gradcheck(spread())
 
-    (_, evidence) = check(1.005, rel=1e-2).evidence
+    *_, evidence = check(1.005, rel=1e-2).evidence[:3]
     assert 1e-3 < evidence.error < 1e-2
     assert check(1.05, rel=0, abs=1.0).outcome == "passed"
     with pytest.raises(gt.GradientMismatchError, match="outside the budget"):
@@ -176,7 +184,7 @@ def test_wider_tolerances_of_an_exact_contract_hold():
         return g * residuals[0][0].cos() * 1.001
 
     assert stated(torch.sin, bwd, contract=gt.Exact(rtol=1e-2)).gradcheck(spread())
-    with pytest.raises(gt.GradientMismatchError, match="allowed: 1e-05"):
+    with pytest.raises(gt.GradientMismatchError, match=r"1\.001 times what it sh"):
         stated(torch.sin, bwd).gradcheck(spread())
 
 

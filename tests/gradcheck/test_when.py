@@ -178,39 +178,16 @@ def test_a_check_leaves_the_arguments_and_the_random_state_alone():
     assert (arg.grad, arg._version) == (None, version)
 
 
-@pytest.mark.parametrize(
-    ("arg", "reason"),
-    [
-        (lambda: x().to("meta").requires_grad_(), "meta or fake tensors"),
-        (
-            lambda: torch.zeros(2**22 + 1, requires_grad=True),
-            "smaller ones with probe=",
-        ),
-    ],
-)
-def test_what_cannot_be_checked_is_a_warning(arg, reason):
+def test_what_cannot_be_checked_is_a_warning_once():
     rule = sine(2.0)
-    with pytest.warns(UserWarning, match=f"did not check the rule sine.*{reason}"):
-        rule(arg())
+    with pytest.warns(UserWarning, match="did not check the rule sine.*meta tensors"):
+        rule(x().to("meta").requires_grad_())
     assert [report.outcome for report in rule.reports] == ["not checked"]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        rule(arg())
+        rule(x().to("meta").requires_grad_())
     with pytest.raises(gt.GradientMismatchError, match="not the derivative"):
         rule(x().requires_grad_())
-
-
-def test_tracing_an_unchecked_rule_is_a_warning():
-    rule, arg = sine(), x().requires_grad_()
-    compiled = torch.compile(rule, backend="aot_eager", fullgraph=True)
-    with pytest.warns(UserWarning, match="torch.compile traces it; call it once"):
-        compiled(arg)
-
-
-def test_tracing_a_checked_rule_is_silent():
-    rule, arg = sine(), x().requires_grad_()
-    rule(arg)
-    torch.compile(rule, backend="aot_eager", fullgraph=True)(arg)
 
 
 def test_a_report_prints_as_a_table():
@@ -219,8 +196,8 @@ def test_a_report_prints_as_a_table():
     assert "passed in" in first
     assert "evaluations" in first
     assert second == "  x: (3,) float64"
-    assert rows[0].split("  ")[1].strip() == "passed"
-    assert "derivative in x" in rows[1]
+    assert rows[0].split()[0] == "passed"
+    assert "derivative in x by autograd" in rows[3]
 
 
 def test_what_is_bad_in_a_contract_is_raised_by_the_check_as_itself():
