@@ -167,7 +167,7 @@ class Trial:
             return torch.zeros_like(known)
         largest = float(size[known].max())
         # Far out much is tiny; what is found there differences have to confirm.
-        floor = tolerance.floor * (1 if self.factor == 1 else 0.1)
+        floor = tolerance.floor * (1 if self.factor == 1 else 0.01)
         least = max(floor * largest, self.least(place, given))
         allowed = tolerance.relative * size + least
         if tolerance.wide_relative or tolerance.wide_absolute:
