@@ -12,7 +12,7 @@ WORKERS ?= 2
 
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help demo test lint types unit format clean
+.PHONY: help demo test lint types unit sweep format clean
 
 help: ## List the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 10
@@ -31,6 +31,11 @@ types: $(READY) ## Static types of the package, and what users' checkers see of 
 
 unit: $(READY) ## Tests alone
 	$(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal
+
+sweep: $(READY) ## Put the check to the test: mutants, torch's operators, cost
+	$(BIN)/python -m tests.benchmarks.mutants --jobs $(WORKERS)
+	$(BIN)/python -m tests.benchmarks.false_alarms --jobs $(WORKERS)
+	$(BIN)/python -m tests.benchmarks.cost
 
 format: $(READY) ## Mend what can be mended
 	$(BIN)/ruff check --fix .

@@ -6,11 +6,12 @@ import contextlib
 import threading
 from collections.abc import Iterator
 
-__all__ = ["is_checking", "probing"]
+__all__ = ["is_checking", "is_plain", "plainly", "probing"]
 
 
 class _Depth(threading.local):
     value = 0
+    is_plain = False
 
 
 _depth = _Depth()
@@ -39,3 +40,18 @@ def probing() -> Iterator[None]:
         yield
     finally:
         _depth.value -= 1
+
+
+def is_plain() -> bool:
+    """Whether rules are to stand aside, so that autograd sees their functions."""
+    return _depth.is_plain
+
+
+@contextlib.contextmanager
+def plainly() -> Iterator[None]:
+    """Run functions without the rules inside: their derivatives are not in question."""
+    before, _depth.is_plain = _depth.is_plain, True
+    try:
+        yield
+    finally:
+        _depth.is_plain = before

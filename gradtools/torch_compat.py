@@ -21,7 +21,6 @@ from torch._subclasses import fake_tensor
 from torch.autograd import forward_ad
 
 __all__ = [
-    "assign",
     "autocast_devices",
     "autocast_enabled",
     "autocast_state",
@@ -45,6 +44,7 @@ __all__ = [
     "order",
     "plain",
     "primal_of",
+    "put_back",
     "requires_grad_at_any_level",
     "tangent_of",
     "transforms_active",
@@ -306,15 +306,13 @@ def _without_saved_tensors_hooks() -> Iterator[None]:
             _autograd._push_saved_tensors_default_hooks(pack, unpack)
 
 
-def assign(tensor: torch.Tensor, value: torch.Tensor) -> None:
-    """Put values into a tensor, as if it had never had others."""
-    with torch.no_grad(), _autograd_version_kept(tensor):
+def put_back(tensor: torch.Tensor, value: torch.Tensor, version: int) -> None:
+    """Give a tensor the values and the version that it once had."""
+    if tensor._version == version and torch.equal(tensor, value):
+        return  # batch_norm edits its statistics without a new version
+    with torch.no_grad():
         tensor.copy_(value)
-
-
-_autograd_version_kept: Any = (
-    torch.autograd._unsafe_preserve_version_counter  # pyright: ignore[reportPrivateImportUsage]
-)
+    _autograd._unsafe_set_version_counter((tensor,), (version,))
 
 
 class _Keep(torch.autograd.Function):

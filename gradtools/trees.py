@@ -19,10 +19,12 @@ __all__ = [
     "added",
     "children",
     "flatten",
+    "has_sizes",
     "is_leaf",
     "map_tensors",
     "paths",
     "unflatten",
+    "with_sizes",
 ]
 
 Spec = pytree.TreeSpec
@@ -33,6 +35,27 @@ is_leaf: Callable[[Any], bool] = pytree.tree_is_leaf
 def unflatten(leaves: Iterable[Any], spec: Spec) -> Any:
     """Put ``leaves`` back into the containers that ``spec`` describes."""
     return pytree.tree_unflatten(leaves, spec)
+
+
+def has_sizes(spec: Spec) -> bool:
+    """Whether a ``torch.Size`` is among the containers."""
+    return spec.type is torch.Size or any(map(has_sizes, spec.children()))
+
+
+def with_sizes(tree: Any, spec: Spec) -> Any:
+    """Make every ``torch.Size`` one again: torch puts back a plain tuple."""
+    if spec.type is torch.Size:
+        is_whole = all(type(size) is not bool and size is not None for size in tree)
+        return torch.Size(tree) if is_whole else tree
+    below = spec.children()
+    if spec.type in (tuple, list):
+        return spec.type(map(with_sizes, tree, below))
+    if spec.type is dict:
+        return {
+            key: with_sizes(child, inner)
+            for (key, child), inner in zip(tree.items(), below, strict=True)
+        }
+    return tree
 
 
 def children(node: Any) -> list[tuple[str, Any]] | None:
@@ -111,7 +134,10 @@ class Structure:
 
     def rebuild(self, tensors: Sequence[Any]) -> Any:
         """Return the tree with ``tensors`` in the places of its tensors."""
-        return self._fill(tensors, self.constants)
+        tree = self._fill(tensors, self.constants)
+        if self.constants and self.spec is not None and has_sizes(self.spec):
+            return with_sizes(tree, self.spec)
+        return tree
 
     def cotangents(self, values: Sequence[Any]) -> Any:
         """Return the tree with ``values`` for its tensors and None for the rest."""

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from gradtools.gradcheck.subject import floats
+from gradtools.probing import plainly
 
 __all__ = ["pullback", "pulled_back", "tracked"]
 
@@ -78,7 +79,7 @@ def pullback(
         places: The leaves to differentiate by.
     """
     try:
-        with torch.enable_grad():
+        with torch.enable_grad(), plainly():
             inputs = tracked(leaves, places)
             outputs = function(inputs)
     except Exception:  # code that torch cannot see raises what it likes

@@ -12,7 +12,6 @@ import torch
 from gradtools import torch_compat
 from gradtools.gradcheck import probes
 from gradtools.gradcheck.examination import (
-    describe,
     examine,
     examine_batch,
     examine_invented,
@@ -44,7 +43,7 @@ def check_now(
     reason = _obstacle(leaves)
     if reason is not None:
         evidence = Evidence("everything", "not checked", reason)
-        return Report(plan.rule.where, describe(plan), (evidence,))
+        return Report(plan.rule.where, plan.shown, (evidence,))
     report = examine(plan, leaves, uses, watch=watch)
     if report.failure is not None:
         raise copy.copy(report.failure)
@@ -180,7 +179,7 @@ class Checker:
     def not_checked(self, plan: Plan, reason: str) -> Report:
         """Return, and file, the report of a signature that goes unchecked."""
         evidence = Evidence("everything", "not checked", reason)
-        report = Report(plan.rule.where, describe(plan), (evidence,))
+        report = Report(plan.rule.where, plan.shown, (evidence,))
         _tell(report)
         self.reports.setdefault(report.signature, report)
         return report

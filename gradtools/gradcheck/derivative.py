@@ -38,19 +38,31 @@ def derivative(trial: Trial, probe: Probe) -> list[Evidence]:
     """
     if not trial.outs or not trial.probe.places:
         return [Evidence("derivative", "passed", "nothing here has a derivative")]
-    evidence = []
-    disputed: list[int] = []
-    if trial.reference is not None:
-        disputed = by_elements(trial)
-        seen = [place for place in trial.probe.places if place not in disputed]
-        if seen:
-            error = _distance(trial, seen)
-            detail = f"to {error:.0e}, element by element"
-            asked = question(trial, seen) + " by autograd"
-            evidence.append(Evidence(asked, "passed", detail, error))
+    evidence, disputed = _by_elements(trial)
     settled = trial.reference is not None and not disputed
     evidence.append(by_differences(trial, probe, settled))
     return evidence
+
+
+def of_every_element(trial: Trial) -> list[Evidence]:
+    """Compare bwd with autograd alone; raise where it is wrong."""
+    evidence = _by_elements(trial)[0]
+    whole = [f"{item.question}, all elements" for item in evidence]
+    pairs = zip(evidence, whole, strict=True)
+    return [dataclasses.replace(item, question=asked) for item, asked in pairs]
+
+
+def _by_elements(trial: Trial) -> tuple[list[Evidence], list[int]]:
+    if trial.reference is None:
+        return [], []
+    disputed = by_elements(trial)
+    seen = [place for place in trial.probe.places if place not in disputed]
+    if not seen:
+        return [], disputed
+    error = _distance(trial, seen)
+    asked = question(trial, seen) + " by autograd"
+    detail = f"to {error:.0e}, element by element"
+    return [Evidence(asked, "passed", detail, error)], disputed
 
 
 def by_elements(trial: Trial) -> list[int]:
@@ -168,7 +180,7 @@ def by_differences(trial: Trial, probe: Probe, settled: bool) -> Evidence:
     if not settled:
         return one_by_one(trial, places)
     asked = question(trial, places) + " by differences"
-    if all(item.is_conclusive for item in found):
+    if _refute(trial, found):
         detail = "they contradict autograd too: fun is not smooth, or has a detach()"
         return Evidence(asked, "not checked", detail)
     return Evidence(asked, "passed", "they do not converge here")

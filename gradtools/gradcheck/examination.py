@@ -16,7 +16,11 @@ from gradtools.errors import GradtoolsError
 from gradtools.gradcheck import probes
 from gradtools.gradcheck.batch import batch, of_patterns
 from gradtools.gradcheck.budget import approximation
-from gradtools.gradcheck.derivative import at_other_sizes, derivative
+from gradtools.gradcheck.derivative import (
+    at_other_sizes,
+    derivative,
+    of_every_element,
+)
 from gradtools.gradcheck.forward_mode import forward_mode
 from gradtools.gradcheck.linearity import linearity
 from gradtools.gradcheck.probes import Probe
@@ -30,21 +34,14 @@ from gradtools.gradcheck.trial import Trial
 from gradtools.lowering.flat import Plan
 from gradtools.probing import probing
 from gradtools.rules.rule import Approximate, Exact, Surrogate
+from gradtools.rules.signature import describe
 
-__all__ = ["describe", "examine", "examine_batch", "examine_invented"]
+__all__ = ["examine", "examine_batch", "examine_invented"]
 
 MOST_BYTES = 256 * 2**20
-
-
-def describe(plan: Plan) -> str:
-    """Describe the arguments of a call in one line."""
-    parts = [
-        f"{path.removeprefix('args.')}: {tuple(meta.shape)} "
-        + str(meta.dtype).removeprefix("torch.")
-        for path, meta in zip(plan.signature.paths(), plan.signature.metas, strict=True)
-        if meta is not None
-    ]
-    return ", ".join(parts)
+BYTES_EACH = 64  # of arguments and outputs: double precision, and a few copies
+MANY_NUMBERS = 2**17
+FEW_NUMBERS = 2**12
 
 
 def examine(
@@ -139,7 +136,7 @@ class _Examination:
                 self.note("verdict", "failed", what)
         return Report(
             rule.where,
-            describe(self.plan),
+            self.plan.shown,
             tuple(self.evidence),
             _claim(rule.contract),
             time.perf_counter() - start,
@@ -160,11 +157,11 @@ class _Examination:
 
     def ask(self, leaves: Sequence[Any], capabilities: Collection[Capability]) -> None:
         """Ask what the uses of a rule need."""
-        probe = self.probe(leaves)
+        probe, whole = self.probes(leaves)
         if probe is None:
             self.note("everything", "not checked", _TOO_BIG)
             return
-        probe = self.widened(probe)
+        probe = self.widened(probe, capabilities)
         questions: dict[Capability, Callable[[Probe], None]] = {
             "reverse": self.reverse,
             "second order": self.second_order,
@@ -174,38 +171,52 @@ class _Examination:
         for self.current, question in questions.items():
             if self.current in capabilities:
                 question(probe)
+        if whole is not None and "reverse" in capabilities:
+            self.whole(whole)
 
-    def probe(self, leaves: Sequence[Any]) -> Probe | None:
-        """Return the arguments to check on: given, or those of the call, or smaller."""
+    def probes(self, leaves: Sequence[Any]) -> tuple[Probe | None, Probe | None]:
+        """Return the arguments to check on, and the whole ones if those are a part.
+
+        Large arguments are cut: most mistakes are in a part of them as well, and what
+        is wrong in single elements autograd finds in the whole.
+        """
         if self.rule.probe is not None:
-            return probes.given(self.plan)
+            return probes.given(self.plan), None
         probe = probes.of_call(self.plan, leaves)
         size = _size(probe.leaves)
-        if 64 * size <= MOST_BYTES:
-            # The outputs may be larger; on small arguments this is not worth a run.
-            if size <= 2**12:
-                return probe
-            if 64 * (size + _size(self.subject.fun(probe))) <= MOST_BYTES:
-                return probe
-        return self.cut(probe)
+        if size <= FEW_NUMBERS:  # the outputs may be larger; that is not worth a run
+            return probe, None
+        fits = BYTES_EACH * size <= MOST_BYTES
+        if fits:
+            size += _size(self.subject.fun(probe))
+            fits = BYTES_EACH * size <= MOST_BYTES
+        if size <= MANY_NUMBERS:
+            return probe, None
+        part = self.cut(probe)
+        if part is None:
+            return (probe if fits else None), None
+        return part, probe if fits else None
 
     def cut(self, probe: Probe) -> Probe | None:
         """Return smaller arguments of the same kind, on which the functions run."""
-        most = MOST_BYTES // 64
+        most = MANY_NUMBERS
         while (small := probes.smaller(probe, most)) is not None:
             try:
                 outs = self.subject.fun(small)
                 self.subject.fwd(small.watched(anew=False))
             except Exception:  # a reshape to fixed sizes, say
                 return None
-            if 64 * (_size(small.leaves) + _size(outs)) <= MOST_BYTES:
-                shapes = describe(small.plan)
-                self.note("arguments", "passed", f"large; cut to {shapes}")
+            if _size(small.leaves) + _size(outs) <= MANY_NUMBERS:
+                self.note(
+                    "arguments",
+                    "passed",
+                    f"cut to {describe(small.paths, small.leaves)}",
+                )
                 return small
             most //= 4
         return None
 
-    def widened(self, probe: Probe) -> Probe:
+    def widened(self, probe: Probe, capabilities: Collection[str]) -> Probe:
         """Return the probe in double precision, where the functions take that."""
         subject = self.subject
         probe = probe.watched(anew=False)
@@ -214,14 +225,13 @@ class _Examination:
             [x.clone() if isinstance(x, torch.Tensor) else x for x in probe.leaves]
         )
         try:
-            if self.rule.bwd is not None or self.rule.jvp is not None:
-                outs = subject.fun(wide)
-                run = subject.fwd(wide)
-                given = [torch.ones_like(o) for o in run.outs if floats(o)]
-                subject.bwd(run, given)
-                subject.in_double = all(
-                    not floats(o) or torch.finfo(o.dtype).eps < 1e-15 for o in outs
-                )
+            outs = subject.fun(wide)
+            run = subject.fwd(wide)
+            if self.rule.jvp is None or [*capabilities] != ["forward mode"]:
+                subject.bwd(run, [torch.ones_like(o) for o in run.outs if floats(o)])
+            subject.in_double = all(
+                not floats(o) or torch.finfo(o.dtype).eps < 1e-15 for o in outs
+            )
         except Exception:  # whatever it is, the user's own dtype will show it
             return plain
         return wide
@@ -248,6 +258,16 @@ class _Examination:
         plan = trial.probe.plan  # with the reference of a surrogate in it
         self.add(derivative(trial, Probe(plan, probe.leaves)))
         self.add(at_other_sizes(trial))
+
+    def whole(self, probe: Probe) -> None:
+        """Ask autograd about every element of large arguments."""
+        self.current, claimed = "reverse", self.rule.contract
+        if isinstance(claimed, Exact):
+            subject = self.subject
+            near = probes.moved_off_kinks(
+                self.widened(probe, ("reverse",)), subject.generator
+            )
+            self.add(of_every_element(Trial.at(subject, near, 1)))
 
     def of_reference(self, first: First, claimed: Surrogate) -> First:
         """Return what the reference of a surrogate says in the place of its bwd."""

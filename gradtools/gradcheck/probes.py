@@ -16,7 +16,8 @@ import torch
 
 from gradtools import torch_compat
 from gradtools.errors import DefinitionError, Violation
-from gradtools.lowering.flat import Plan, State
+from gradtools.lowering.flat import Plan
+from gradtools.lowering.state import State
 from gradtools.rules.signature import (
     CallSignature,
     Meta,

@@ -26,6 +26,7 @@ from gradtools.gradcheck.report import Evidence
 from gradtools.gradcheck.subject import Subject, floats, spread
 from gradtools.gradcheck.trial import Tolerance, filled
 from gradtools.lowering.flat import Plan
+from gradtools.probing import plainly
 from gradtools.trees import Structure
 
 __all__ = ["second_order"]
@@ -194,7 +195,7 @@ class _Pair:
         signature, rule = self.plan.signature, self.subject.rule
 
         def run() -> Optional | None:
-            with torch.enable_grad():
+            with torch.enable_grad(), plainly():
                 inputs = tracked(self.probe.leaves, self.probe.places)
                 out = signature.parameters.call(rule.fun, signature.entries(inputs))
                 outs = [o for o in Structure.split(out)[0] if floats(o)]

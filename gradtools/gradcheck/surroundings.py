@@ -97,7 +97,7 @@ def buffers_kept(values: Iterable[Any]) -> Iterator[None]:
     """Put the buffers of all modules within reach of the values back in the end."""
     modules = [module for value in values for module in modules_within(value)]
     before = [
-        (module._buffers, name, buffer, _copy(buffer))
+        (module._buffers, name, buffer, None if buffer is None else _kept(buffer))
         for module in modules
         for name, buffer in module._buffers.items()
     ]
@@ -107,9 +107,9 @@ def buffers_kept(values: Iterable[Any]) -> Iterator[None]:
         for holder, name, buffer, value in before:
             if holder.get(name) is not buffer:
                 holder[name] = buffer
-            if buffer is not None and not torch.equal(buffer, value):
-                torch_compat.assign(buffer, value)
+            if buffer is not None and value is not None:
+                torch_compat.put_back(buffer, *value)
 
 
-def _copy(buffer: torch.Tensor | None) -> Any:
-    return None if buffer is None else buffer.detach().clone()
+def _kept(buffer: torch.Tensor) -> tuple[torch.Tensor, int]:
+    return buffer.detach().clone(), buffer._version

@@ -13,9 +13,10 @@ from typing import Any
 import torch
 
 from gradtools.lowering import preconditions
-from gradtools.lowering.flat import Lowerable, Optional, State, Tensors
+from gradtools.lowering.flat import Lowerable, Optional, Tensors
 from gradtools.lowering.forward_mode import pulled_back
 from gradtools.lowering.residuals import Layout, lay_out
+from gradtools.lowering.state import State
 from gradtools.trees import Structure
 
 __all__ = ["BackwardPlan"]

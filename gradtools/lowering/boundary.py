@@ -37,8 +37,9 @@ from torch.autograd import Function
 from gradtools import torch_compat, trees
 from gradtools.errors import GradtoolsError
 from gradtools.lowering import free_variables
-from gradtools.lowering.flat import Plan, State
+from gradtools.lowering.flat import Plan
 from gradtools.lowering.residuals import Layout
+from gradtools.lowering.state import State
 from gradtools.rules.rule import Rule
 from gradtools.rules.signature import CallSignature, flatten_entries
 from gradtools.trees import Structure
@@ -233,8 +234,9 @@ def _stand_in(variable: Any, wanting: list[torch.Tensor]) -> Any:
         wanting: Takes the tensors that need a gradient.
     """
     variable = variable.realize()
-    if hasattr(variable, "proxy") and "example_value" in variable.proxy.node.meta:
-        example = variable.proxy.node.meta["example_value"]
+    proxy = getattr(variable, "proxy", None)
+    if proxy is not None and "example_value" in proxy.node.meta:
+        example = proxy.node.meta["example_value"]
         if not isinstance(example, torch.Tensor):
             return torch_compat.hint(example)
         shape = [torch_compat.hint(size) for size in example.shape]

@@ -22,11 +22,14 @@ import torch
 from gradtools import torch_compat, trees
 from gradtools.errors import DefinitionError, Violation
 from gradtools.lowering import boundary, captures, contents, free_variables, functions
-from gradtools.lowering.flat import Checks, Plan, State
+from gradtools.lowering.flat import Plan
+from gradtools.lowering.state import Checks, State
+from gradtools.probing import is_plain
 from gradtools.rules.rule import Rule
 from gradtools.rules.signature import (
     CallSignature,
     Meta,
+    describe,
     flatten_entries,
     is_differentiable,
 )
@@ -73,7 +76,7 @@ class Lowered:
     @boundary.unseen
     def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call the rule."""
-        if not (
+        if is_plain() or not (
             torch.is_grad_enabled()
             or torch_compat.transforms_active()
             or torch_compat.forward_ad_active()
@@ -141,7 +144,9 @@ class Lowered:
             )
             *tensors, layout = self.composable.apply(plan, *leaves)
             return layout.outputs.rebuild(tensors)
-        values = leaves if spec is None else trees.unflatten(leaves, spec)
+        values = leaves
+        if spec is not None:
+            values = trees.with_sizes(trees.unflatten(leaves, spec), spec)
         out = rule.parameters.call(rule.fun, values)
         if torch.is_grad_enabled() or torch_compat.forward_ad_active():
             self.refuse_derivative(out, leaves)
@@ -234,6 +239,7 @@ class Lowered:
             moving=moving,
             order=order,
             has_callables=callables,
+            shown=describe(signature.paths(), leaves),
         )
 
     def state(self, key: Hashable) -> State:

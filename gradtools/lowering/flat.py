@@ -10,79 +10,26 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import threading
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
 
 from gradtools import torch_compat
-from gradtools.errors import GradtoolsError, TransformError
+from gradtools.errors import GradtoolsError
 from gradtools.lowering import captures, contents, contract, forward_mode
 from gradtools.lowering.replay import is_traced, random_state, replayed, same
 from gradtools.lowering.residuals import Layout, lay_out, opaque_objects
+from gradtools.lowering.state import Checks, State
 from gradtools.probing import probing
 from gradtools.rules.rule import Rule
 from gradtools.rules.signature import CallSignature
 from gradtools.trees import Structure
 
-__all__ = ["Checks", "Lowerable", "Plan", "State"]
+__all__ = ["Lowerable", "Plan"]
 
 Tensors = Sequence[torch.Tensor]
 Optional = Sequence[torch.Tensor | None]
-
-
-@dataclasses.dataclass(eq=False)
-class State:
-    """What has been found out about a rule at one signature; shared by its plans.
-
-    Attributes:
-        watched: Roles whose captured tensors have been looked for.
-        draws: Whether fwd draws random numbers.
-        foreign: Outputs that fwd did not make (a constant that it handed through).
-        second_order: Why bwd and fwd cannot be differentiated; None if they can.
-        jvp_second_order: Why the jvp rule cannot be differentiated; None if it can.
-        linear: Why bwd cannot be transposed; None if it can.
-        jvp_linear: Why the jvp rule cannot be transposed; None if it can.
-        tested: Preconditions that have been tested.
-        checked: By capability, what the gradient check found: None, or an error.
-        unchecked: Why calls went unchecked, as far as the report says so.
-        remembered: Arguments of a call, for checks that come when it is over.
-        is_one_of_many: The rule has been met at more signatures than are checked.
-        lock: Held while a check runs.
-    """
-
-    watched: set[str] = dataclasses.field(default_factory=set)
-    draws: bool = False
-    foreign: frozenset[int] = frozenset()
-    second_order: GradtoolsError | None = None
-    jvp_second_order: TransformError | None = None
-    linear: TransformError | None = None
-    jvp_linear: TransformError | None = None
-    tested: set[str] = dataclasses.field(default_factory=set)
-    checked: dict[Hashable, GradtoolsError | None] = dataclasses.field(
-        default_factory=dict
-    )
-    unchecked: set[str] = dataclasses.field(default_factory=set)
-    remembered: Any = None
-    is_one_of_many: bool = False
-    lock: threading.RLock = dataclasses.field(default_factory=threading.RLock)
-
-
-class Checks(Protocol):
-    """What a plan tells of its uses; raises where the rule is found wrong."""
-
-    def before_use(self, plan: Plan, leaves: Sequence[Any]) -> None:
-        """Hear that a plan is about to be used on these plain leaves."""
-        ...
-
-    def before_batch(self, plan: Plan, batched: Any, leaves: Sequence[Any]) -> None:
-        """Hear that a batched plan is about to be used on these plain leaves."""
-        ...
-
-    def before_deriving(self, plan: Plan, what: str) -> None:
-        """Hear that what was derived from a rule is about to be used."""
-        ...
 
 
 class Lowerable(Protocol):
@@ -165,6 +112,7 @@ class Plan:
         order: How many derivatives of the call are under way.
         has_callables: Some argument may hold parameters.
         is_unchecked: The check still wants to hear of uses.
+        shown: The arguments in words.
     """
 
     rule: Rule
@@ -178,6 +126,7 @@ class Plan:
     order: int = 1
     has_callables: bool = False
     is_unchecked: bool = True
+    shown: str = ""
 
     @property
     def has_jvp(self) -> bool:

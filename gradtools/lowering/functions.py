@@ -88,9 +88,10 @@ class Composable(Function):
             kept = layout.pick(leaves, outs, new)
             if plan.rule.bwd is None:
                 preconditions.jvp_linearity(plan, layout, leaves, outs)
-            like = layout.only_floating(outs)
-            made = leaves if new or layout.opaque else None
-            preconditions.second_order(plan, layout, kept, like, made)
+            if not (plan.moving and plan.has_jvp and plan.order == 1):
+                like = layout.only_floating(outs)
+                made = leaves if new or layout.opaque else None
+                preconditions.second_order(plan, layout, kept, like, made)
             if plan.order > 1 and preconditions.refusal(plan) is None:
                 plan.first_derived("second order")
             if plan.moving and plan.has_jvp:

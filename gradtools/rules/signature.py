@@ -15,7 +15,7 @@ import torch
 from gradtools import trees
 from gradtools.errors import DefinitionError
 
-__all__ = ["CallSignature", "Meta", "Parameters"]
+__all__ = ["CallSignature", "Meta", "Parameters", "describe"]
 
 _KIND = inspect.Parameter
 
@@ -182,7 +182,15 @@ class CallSignature:
         needs: Per leaf: whether its gradient is wanted.
     """
 
-    __slots__ = ("count", "leaf_counts", "metas", "needs", "parameters", "spec")
+    __slots__ = (
+        "count",
+        "has_sizes",
+        "leaf_counts",
+        "metas",
+        "needs",
+        "parameters",
+        "spec",
+    )
 
     def __init__(
         self,
@@ -195,6 +203,7 @@ class CallSignature:
         self.parameters = parameters
         self.count = len(entries)
         self.spec = spec  # None: every entry is a leaf
+        self.has_sizes = spec is not None and trees.has_sizes(spec)
         self.leaf_counts = (
             None
             if spec is None
@@ -212,7 +221,10 @@ class CallSignature:
 
     def entries(self, leaves: Sequence[Any]) -> Sequence[Any]:
         """Return the values of a call in their containers."""
-        return leaves if self.spec is None else trees.unflatten(leaves, self.spec)
+        if self.spec is None:
+            return leaves
+        values = trees.unflatten(leaves, self.spec)
+        return trees.with_sizes(values, self.spec) if self.has_sizes else values
 
     def needs_tree(self, needs: Iterable[bool]) -> tuple[Any, ...]:
         """Return ``needs`` in the shape of the arguments."""
@@ -228,6 +240,21 @@ class CallSignature:
             for name, entry in zip(self.names, skeleton, strict=True)
             for path in trees.paths(entry, f"args.{name}")
         ]
+
+
+def describe(paths: Sequence[str], leaves: Sequence[Any]) -> str:
+    """Describe the values of a call in one line: shapes, dtypes, constants."""
+    parts = []
+    for path, leaf in zip(paths, leaves, strict=True):
+        name = path.removeprefix("args.")
+        if isinstance(leaf, torch.Tensor):
+            dtype = str(leaf.dtype).removeprefix("torch.")
+            parts.append(f"{name}: {tuple(leaf.shape)} {dtype}")
+        elif isinstance(leaf, (bool, int, str)):
+            parts.append(f"{name}: {leaf!r}")
+        elif leaf is not None:
+            parts.append(f"{name}: {type(leaf).__name__}")
+    return ", ".join(parts)
 
 
 def flatten_entries(

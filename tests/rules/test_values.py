@@ -5,6 +5,7 @@ import torch
 from torch._subclasses import FakeTensorMode
 from torch.testing import assert_close
 
+import gradtools as gt
 from tests.rules.stating import derivative, gradients, leaf, stated
 
 pytestmark = pytest.mark.usefixtures("unchecked")
@@ -229,3 +230,30 @@ def test_an_argument_passed_twice_gets_both_cotangents():
     assert gradients(rule(x, x), x) == (110,)
     assert derivative(lambda x: rule(x, x))(x.detach()) == 110
     assert torch.func.jvp(lambda x: rule(x, x), (x.detach(),), (x.detach(),))[1] == 220
+
+
+def test_a_size_stays_a_size_as_argument_residual_and_output():
+    @gt.custom_vjp
+    def mean_of(x, shape):
+        return x.reshape(shape).mean(), shape
+
+    @mean_of.def_fwd
+    def _(x, shape):
+        assert shape.numel() == 6
+        return (x.reshape(shape).mean(), shape), {"whole": (x.shape, [shape])}
+
+    @mean_of.def_bwd
+    def _(residuals, cotangents):
+        shape, (other,) = residuals["whole"]
+        return (cotangents[0] / other.numel()).expand(shape), None
+
+    x = torch.arange(6.0, requires_grad=True)
+    out, shape = mean_of(x, torch.Size([2, 3]))
+    assert type(shape) is torch.Size
+    assert_close(torch.autograd.grad(out, x), (torch.full((6,), 1 / 6),))
+    compiled = torch.compile(
+        lambda x: mean_of(x * 1, torch.Size([2, 3]))[0], backend="aot_eager"
+    )
+    assert_close(torch.autograd.grad(compiled(x), x), (torch.full((6,), 1 / 6),))
+    batch = torch.func.vmap(torch.func.grad(lambda x: mean_of(x, torch.Size([6]))[0]))
+    assert_close(batch(torch.ones(2, 6)), torch.full((2, 6), 1 / 6))

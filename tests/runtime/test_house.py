@@ -67,7 +67,7 @@ def test_the_check_knows_nothing_of_functions():
     assert of_lowering == {
         f"gradtools.lowering.{name}"
         for name in (
-            *("flat", "batching", "forward_mode"),  # a rule as pure functions
+            *("flat", "state", "batching", "forward_mode"),  # a rule as pure functions
             *("replay", "contents"),  # what it leaves, and what it holds
             "boundary",  # for a thread of its own
         )
