@@ -92,22 +92,36 @@ class Checker:
 
     def before_batch(self, plan: Plan, batched: Any, leaves: Sequence[Any]) -> None:
         """Check that a batch gives what its elements give."""
-        if plan.policy == "off" or is_checking() or _is_traced(leaves):
+        if plan.policy == "off" or is_checking():
             return
         if plan.primal and plan.rule.vmap_rule is None and plan.rule.vmap in _SAFE:
             return  # torch, or a loop, does it all
-        self.ensure(
-            plan,
-            ("vmap", batched.pattern),
-            lambda: examine_batch(plan, batched, _plain(leaves)),
-        )
+        use = ("vmap", batched.pattern)
+        if _is_traced(leaves):
+            self.ensure(
+                plan,
+                use,
+                lambda: in_fresh_thread(
+                    lambda: examine_batch(plan, batched, probes.made_up(leaves))
+                ),
+            )
+        else:
+            values = _plain(leaves)
+            self.ensure(plan, use, lambda: examine_batch(plan, batched, values))
 
     def before_deriving(self, plan: Plan, what: Any) -> None:
-        """Check what is derived from bwd, on the arguments of an earlier call."""
+        """Check what is derived from bwd, on the arguments of an earlier call.
+
+        In a thread of its own: the use may be in a trace, or under a transform.
+        """
         remembered = plan.state.remembered
         if plan.policy == "off" or is_checking() or remembered is None:
             return
-        self.ensure(plan, what, lambda: _examine(plan, remembered(), what))
+        self.ensure(
+            plan,
+            what,
+            lambda: in_fresh_thread(lambda: _examine(plan, remembered(), what)),
+        )
 
     def ensure(
         self, plan: Plan, use: Hashable, examination: Callable[[], Report | str]
@@ -151,12 +165,14 @@ class Checker:
             raise copy.copy(report.failure)
         return report
 
-    def before_trace(self, plan: Plan, leaves: Sequence[Any]) -> None:
+    def before_trace(self, plan: Plan, leaves: Sequence[Any], order: int) -> None:
         """Check a rule that torch.compile traces, on numbers that are made up."""
         if plan.policy == "off":
             self.note(plan, "the policy is off")
         elif not is_checking():
             self.ensure(plan, "reverse", lambda: _examine_invented(plan, leaves))
+            if order > 1 and not plan.rule.once_differentiable:
+                self.before_deriving(plan, "second order")
 
     def before_blind_trace(self, rule: Rule, policy: str) -> None:
         """Say that a rule is traced, unchecked, on arguments that no check can see."""

@@ -86,14 +86,21 @@ class Culprit:
                 f"{_number(right)}, by {reference.source}",
                 f"{_number(said)}, off by {_percent(said, right)}{self.far}",
             )
-        if self.along is not None:
-            item = self.along
+        item = self.along or self.along_any()
+        if item is not None:
             yield Violation(
                 self.path,
                 f"{item.numeric:.6g} along a random direction, by differences",
                 f"{item.analytic:.6g}, off by {item.error:.1e} of its size (allowed: "
                 f"{self.trial.tolerance.of_direction(item):.0e})",
             )
+
+    def along_any(self) -> Comparison | None:
+        """Return how far off bwd is along a random direction, where that shows."""
+        items = self.trial.compared(self.trial.slope([self.place]))
+        worst = max(items, key=lambda item: item.error)
+        wrong = worst.is_conclusive and not self.trial.tolerance.admits(worst)
+        return worst if wrong else None
 
     @property
     def far(self) -> str:

@@ -84,6 +84,8 @@ def examine_invented(
             with probing(), torch_compat.clean_autograd(), torch.no_grad():
                 outs = subject.fun(probe)
                 if all(bool(torch.isfinite(out).all()) for out in outs):
+                    if plan.state.remembered is None:
+                        plan.state.remembered = probes.remember(probe.leaves)
                     return examine(probe.plan, probe.leaves, (use,))
         except Exception as error:  # numbers that the user has not chosen
             reason = (
@@ -264,9 +266,9 @@ class _Examination:
         self.current, claimed = "reverse", self.rule.contract
         if isinstance(claimed, Exact):
             subject = self.subject
-            near = probes.moved_off_kinks(
-                self.widened(probe, ("reverse",)), subject.generator
-            )
+            wide = probe.watched(anew=False)
+            wide = probes.in_double(wide) if subject.in_double else wide
+            near = probes.moved_off_kinks(wide, subject.generator)
             self.add(of_every_element(Trial.at(subject, near, 1)))
 
     def of_reference(self, first: First, claimed: Surrogate) -> First:

@@ -30,6 +30,7 @@ __all__ = [
     "given",
     "in_double",
     "invented",
+    "made_up",
     "moved_off_kinks",
     "of_call",
     "remember",
@@ -221,9 +222,19 @@ def invented(plan: Plan, leaves: Sequence[Any]) -> Iterator[Probe]:
     if plan.state.remembered is not None:
         yield of_call(plan, plan.state.remembered())
         return
-    for positive in (False, True):  # the latter for logarithms and probabilities
-        generator = torch.Generator().manual_seed(0)
-        yield of_call(plan, [_made_up(x, positive, generator) for x in leaves])
+    yield of_call(plan, made_up(leaves))
+    yield of_call(plan, made_up(leaves, positive=True))
+
+
+def made_up(leaves: Sequence[Any], *, positive: bool = False) -> list[Any]:
+    """Return the leaves of a trace with values.
+
+    Args:
+        leaves: Tensors without, and other objects.
+        positive: Draw from 0.05 to 0.95, for logarithms and probabilities.
+    """
+    generator = torch.Generator().manual_seed(0)
+    return [_made_up(leaf, positive, generator) for leaf in leaves]
 
 
 def _made_up(leaf: Any, positive: bool, generator: torch.Generator) -> Any:

@@ -113,7 +113,7 @@ class Batched:
 
     def narrowed(self, count: int, leaves: Sequence[Any]) -> tuple[Batched, list[Any]]:
         """Return the plan for the first elements of the batch; their leaves."""
-        count = min(count, self.size)
+        count = min(count, torch_compat.hint(self.size))
         batched = type(self)(
             self.inner, self.in_dims, self.info._replace(batch_size=count)
         )

@@ -100,7 +100,10 @@ class Crossable(Protocol):
         ...
 
     def before_trace(
-        self, entries: tuple[Any, ...] | None, wants: Callable[[Any], bool] | None
+        self,
+        entries: tuple[Any, ...] | None,
+        wants: Callable[[Any], bool] | None,
+        order: int,
     ) -> None:
         """Check the rule on arguments like these, which have no values."""
         ...
@@ -196,8 +199,9 @@ def _before_trace(key: str, transformed: bool) -> None:
     while frame.f_code is not _code_of_call:
         frame = frame.parent
     wanting: list[torch.Tensor] = []
+    examples: list[torch.Tensor] = []
     try:
-        entries = _stand_in(frame.symbolic_locals["entries"], wanting)
+        entries = _stand_in(frame.symbolic_locals["entries"], wanting, examples)
     except _Unknown:
         entries = None
 
@@ -207,12 +211,12 @@ def _before_trace(key: str, transformed: bool) -> None:
         )
 
     try:
-        _registry[key].before_trace(entries, None if transformed else wants)
+        order = torch_compat.order(examples)
+        _registry[key].before_trace(entries, None if transformed else wants, order)
     except GradtoolsError as error:
         # Dynamo lets some of its own exceptions through; of all others it makes a
         # report of an internal error.
-        kind = type(error)
-        both: Any = type(kind.__name__, (kind, ShortenTraceback), {})
+        both: Any = type(type(error).__name__, (type(error), ShortenTraceback), {})
         wrapped = both.__new__(both, *error.args)
         wrapped.__dict__.update(error.__dict__, **_SHORT)
         raise wrapped from None
@@ -226,12 +230,12 @@ class _Unknown(Exception):  # noqa: N818 (caught above)
     """Dynamo holds a value that has no likeness outside of a trace."""
 
 
-def _stand_in(variable: Any, wanting: list[torch.Tensor]) -> Any:
+def _stand_in(
+    variable: Any, wanting: list[torch.Tensor], examples: list[torch.Tensor]
+) -> Any:
     """Return what a variable of Dynamo's stands for, tensors without their values.
 
-    Args:
-        variable: Dynamo's.
-        wanting: Takes the tensors that need a gradient.
+    Those that need a gradient are added to ``wanting``, Dynamo's to ``examples``.
     """
     variable = variable.realize()
     proxy = getattr(variable, "proxy", None)
@@ -239,6 +243,7 @@ def _stand_in(variable: Any, wanting: list[torch.Tensor]) -> Any:
         example = proxy.node.meta["example_value"]
         if not isinstance(example, torch.Tensor):
             return torch_compat.hint(example)
+        examples.append(example)
         shape = [torch_compat.hint(size) for size in example.shape]
         one = torch.empty((), dtype=example.dtype, device=example.device)
         tensor = one.expand(shape)  # no memory for what has no values
@@ -250,13 +255,11 @@ def _stand_in(variable: Any, wanting: list[torch.Tensor]) -> Any:
     items = getattr(variable, "items", None)
     if isinstance(items, list):
         kind = variable.python_type()
-        values = [_stand_in(item, wanting) for item in items]
+        values = [_stand_in(item, wanting, examples) for item in items]
         return kind(*values) if hasattr(kind, "_fields") else kind(values)
     if isinstance(items, dict):
-        return {
-            key.vt.as_python_constant(): _stand_in(item, wanting)
-            for key, item in items.items()
-        }
+        pairs = [(key.vt.as_python_constant(), item) for key, item in items.items()]
+        return {key: _stand_in(item, wanting, examples) for key, item in pairs}
     for name in ("value", "fn"):
         if hasattr(variable, name) and variable.source is not None:
             return getattr(variable, name)

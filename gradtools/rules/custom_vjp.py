@@ -86,7 +86,10 @@ class StatedRule(Generic[P, R]):
         return lowered.plan_for_check(bound)
 
     def before_trace(
-        self, entries: tuple[Any, ...] | None, wants: Callable[[Any], bool] | None
+        self,
+        entries: tuple[Any, ...] | None,
+        wants: Callable[[Any], bool] | None,
+        order: int,
     ) -> None:
         """Check the rule where torch.compile traces it before any call has.
 
@@ -95,12 +98,14 @@ class StatedRule(Generic[P, R]):
                 cannot be told.
             wants: Whether the gradient of a value among them is wanted; None: that of
                 all that can have one.
+            order: How many derivatives are under way.
         """
         lowered = self._lowered or self._lower()
         if entries is None:
             self._checker.before_blind_trace(self.rule, current_policy())
         else:
-            self._checker.before_trace(*lowered.plan_for_trace(entries, wants))
+            plan, leaves = lowered.plan_for_trace(entries, wants)
+            self._checker.before_trace(plan, leaves, order)
 
     def _lower(self) -> Lowered:
         self._lowered = Lowered(self.rule, self._checker, current_policy)

@@ -118,7 +118,8 @@ def test_the_public_names_are_sorted_documented_and_nothing_else():
         assert getattr(gt, name).__doc__, name
     public = {name for name in vars(gt) if not name.startswith("_")}
     modules = {"errors", "gradcheck", "lowering", "probing", "rules", "torch_compat"}
-    assert public - modules - {"trees"} == set(gt.__all__)
+    modules |= {"trees", "testing", "pytest_plugin"}  # the last two on import only
+    assert public - modules == set(gt.__all__)
 
 
 def test_the_public_names_say_that_they_are_public():
