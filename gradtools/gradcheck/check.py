@@ -17,7 +17,7 @@ from gradtools.gradcheck.examination import (
     examine_invented,
 )
 from gradtools.gradcheck.report import Capability, Evidence, Report
-from gradtools.lowering.boundary import in_fresh_thread
+from gradtools.gradcheck.surroundings import in_fresh_thread
 from gradtools.lowering.flat import Plan
 from gradtools.probing import is_checking
 from gradtools.rules.rule import Rule
@@ -120,7 +120,7 @@ class Checker:
         self.ensure(
             plan,
             what,
-            lambda: in_fresh_thread(lambda: _examine(plan, remembered(), what)),
+            lambda: in_fresh_thread(lambda: _examine_again(plan, remembered(), what)),
         )
 
     def ensure(
@@ -246,6 +246,17 @@ def _examine(plan: Plan, leaves: Sequence[Any], use: Capability) -> Report | str
         return _examine_invented(plan, leaves, use)
     reason = _obstacle(leaves)
     return examine(plan, leaves, (use,)) if reason is None else reason
+
+
+def _examine_again(
+    plan: Plan, leaves: Sequence[Any] | None, use: Capability
+) -> Report | str:
+    if leaves is None:
+        return f"{use}: an argument of the call it would be checked on is no more"
+    try:
+        return _examine(plan, leaves, use)
+    except Exception as error:  # of large arguments a part is repeated
+        return f"{use}: on what is left of an earlier call's arguments, {error!r}"
 
 
 def _examine_invented(

@@ -190,14 +190,21 @@ def _cut(tensor: torch.Tensor, cap: int) -> torch.Tensor:
     return torch.where(part >= cap, part % cap, part)
 
 
-def remember(leaves: Sequence[Any]) -> Callable[[], list[Any]]:
+def remember(leaves: Sequence[Any]) -> Callable[[], list[Any] | None]:
     """Return what gives the arguments of a call again later, large ones in part.
 
-    Of a tensor with many numbers the first are kept and repeated; other objects are
-    not kept alive.
+    Of a tensor with many numbers the first are kept and repeated. Other objects are not
+    kept alive: None is returned when one of them is no more.
     """
     keepers = [_remembered(leaf) for leaf in leaves]
-    return lambda: [keeper() for keeper in keepers]
+    absent = [leaf is None for leaf in leaves]
+
+    def recall() -> list[Any] | None:
+        values = [keeper() for keeper in keepers]
+        gone = [v is None and not none for v, none in zip(values, absent, strict=True)]
+        return None if any(gone) else values
+
+    return recall
 
 
 def _remembered(leaf: Any) -> Callable[[], Any]:
@@ -219,8 +226,9 @@ def invented(plan: Plan, leaves: Sequence[Any]) -> Iterator[Probe]:
     if plan.rule.probe is not None:
         yield given(plan)
         return
-    if plan.state.remembered is not None:
-        yield of_call(plan, plan.state.remembered())
+    earlier = plan.state.remembered and plan.state.remembered()
+    if earlier is not None:
+        yield of_call(plan, earlier)
         return
     yield of_call(plan, made_up(leaves))
     yield of_call(plan, made_up(leaves, positive=True))

@@ -3,19 +3,30 @@
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import random
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gradtools import torch_compat
+from gradtools.lowering.boundary import without_compiling
 from gradtools.lowering.contents import modules_within
 from gradtools.lowering.replay import random_state, replayed, same
 
-__all__ = ["Randomness", "Unreachable", "buffers_kept", "without_ranks"]
+__all__ = [
+    "Randomness",
+    "Unreachable",
+    "buffers_kept",
+    "in_fresh_thread",
+    "without_ranks",
+]
+
+T = TypeVar("T")
 
 
 class Unreachable(Exception):  # noqa: N818 (it stops a check and nothing else)
@@ -113,3 +124,30 @@ def buffers_kept(values: Iterable[Any]) -> Iterator[None]:
 
 def _kept(buffer: torch.Tensor) -> tuple[torch.Tensor, int]:
     return buffer.detach().clone(), buffer._version
+
+
+def in_fresh_thread(function: Callable[[], T]) -> T:
+    """Run a function where no transform, no fake mode and no trace is under way."""
+    here = _device_contexts()
+    context = contextvars.copy_context()
+
+    def run() -> T:
+        with contextlib.ExitStack() as stack:
+            for entered in here:
+                stack.enter_context(entered)
+            stack.enter_context(without_compiling())
+            return function()
+
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(context.run, run).result()
+
+
+def _device_contexts() -> list[contextlib.AbstractContextManager[Any]]:
+    """Return what makes another thread compute where this one does."""
+    found: list[Any] = []
+    if torch.get_default_device().type != "cpu":
+        found.append(torch.get_default_device())
+    if torch.cuda.is_initialized():
+        found.append(torch.cuda.device(torch.cuda.current_device()))
+        found.append(torch.cuda.stream(torch.cuda.current_stream()))
+    return found

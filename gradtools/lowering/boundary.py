@@ -20,7 +20,6 @@ that needs it.
 from __future__ import annotations
 
 import contextlib
-import contextvars
 import gc
 import itertools
 import sys
@@ -28,7 +27,6 @@ import types
 import warnings
 import weakref
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, ParamSpec, Protocol, TypeVar
 
 import torch
@@ -44,7 +42,14 @@ from gradtools.rules.rule import Rule
 from gradtools.rules.signature import CallSignature, flatten_entries
 from gradtools.trees import Structure
 
-__all__ = ["Crossable", "call", "is_tracing", "register", "unseen"]
+__all__ = [
+    "Crossable",
+    "call",
+    "is_tracing",
+    "register",
+    "unseen",
+    "without_compiling",
+]
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -68,23 +73,11 @@ _frames: Any = _C._dynamo.eval_frame
 _SKIP = _frames._FrameExecStrategy(_frames._FrameAction.SKIP, _frames._FrameAction.SKIP)
 
 
-def in_fresh_thread(function: Callable[[], R]) -> R:
-    """Run a function where no transform, no fake mode and no trace is under way.
-
-    The caller may be compiling and hold Dynamo's lock, so nothing is compiled there.
-    """
-    device = torch.get_default_device()
-    context = contextvars.copy_context()
-
-    def run() -> R:
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(device)
-            if "torch._dynamo" in sys.modules:
-                stack.enter_context(torch.compiler.set_stance("force_eager"))
-            return function()
-
-    with ThreadPoolExecutor(1) as pool:
-        return pool.submit(context.run, run).result()
+def without_compiling() -> contextlib.AbstractContextManager[Any]:
+    """Run compiled functions as they are: the caller may hold Dynamo's lock."""
+    if "torch._dynamo" in sys.modules:
+        return torch.compiler.set_stance("force_eager")
+    return contextlib.nullcontext()
 
 
 class Crossable(Protocol):

@@ -7,6 +7,7 @@ dropout mask must then be the mask of the first time.
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -22,10 +23,11 @@ State = dict[torch.device, torch.Tensor]
 
 def random_state(leaves: Iterable[Any]) -> State:
     """Return the state of the generators that code on these tensors draws from."""
-    state = {torch.device("cpu"): torch.get_rng_state()}
+    cpu = torch.device("cpu")
+    state = {cpu: _get(cpu)}
     for leaf in leaves:
         if isinstance(leaf, torch.Tensor) and leaf.is_cuda and leaf.device not in state:
-            state[leaf.device] = torch.cuda.get_rng_state(leaf.device)
+            state[leaf.device] = _get(leaf.device)
     return state
 
 
@@ -69,16 +71,22 @@ def replayed(state: State | None) -> Iterator[None]:
             _set(device, value)
 
 
+# torch holds the generator's mutex while it makes the Python object of a state; if the
+# garbage collector then lets another thread run, which waits for the mutex with the GIL
+# in hand, both wait for ever. So one thread at a time.
+_one_at_a_time = threading.RLock()
+
+
 def _get(device: torch.device) -> torch.Tensor:
-    return (
-        torch.get_rng_state()
-        if device.type == "cpu"
-        else torch.cuda.get_rng_state(device)
-    )
+    with _one_at_a_time:
+        if device.type == "cpu":
+            return torch.get_rng_state()
+        return torch.cuda.get_rng_state(device)
 
 
 def _set(device: torch.device, state: torch.Tensor) -> None:
-    if device.type == "cpu":
-        torch.set_rng_state(state)
-    else:
-        torch.cuda.set_rng_state(state, device)
+    with _one_at_a_time:
+        if device.type == "cpu":
+            torch.set_rng_state(state)
+        else:
+            torch.cuda.set_rng_state(state, device)
