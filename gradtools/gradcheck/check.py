@@ -82,7 +82,7 @@ class Checker:
         if is_checking() or plan.primal:
             return
         if plan.state.remembered is None and not _is_traced(leaves):
-            plan.state.remembered = probes.remember(leaves)
+            plan.state.remembered = probes.Remembered(leaves)
         if plan.moving and plan.rule.jvp is not None and plan.order == 1:
             return  # bwd takes no part in it
         self.ensure(plan, "reverse", lambda: _examine(plan, leaves, "reverse"))
@@ -120,7 +120,7 @@ class Checker:
         self.ensure(
             plan,
             what,
-            lambda: in_fresh_thread(lambda: _examine_again(plan, remembered(), what)),
+            lambda: in_fresh_thread(lambda: _examine_again(plan, remembered, what)),
         )
 
     def ensure(
@@ -249,13 +249,16 @@ def _examine(plan: Plan, leaves: Sequence[Any], use: Capability) -> Report | str
 
 
 def _examine_again(
-    plan: Plan, leaves: Sequence[Any] | None, use: Capability
+    plan: Plan, remembered: probes.Remembered, use: Capability
 ) -> Report | str:
+    leaves = remembered.recall()
     if leaves is None:
         return f"{use}: an argument of the call it would be checked on is no more"
     try:
         return _examine(plan, leaves, use)
-    except Exception as error:  # of large arguments a part is repeated
+    except Exception as error:
+        if remembered.is_whole:
+            raise
         return f"{use}: on what is left of an earlier call's arguments, {error!r}"
 
 

@@ -85,7 +85,7 @@ def examine_invented(
                 outs = subject.fun(probe)
                 if all(bool(torch.isfinite(out).all()) for out in outs):
                     if plan.state.remembered is None:
-                        plan.state.remembered = probes.remember(probe.leaves)
+                        plan.state.remembered = probes.Remembered(probe.leaves)
                     return examine(probe.plan, probe.leaves, (use,))
         except Exception as error:  # numbers that the user has not chosen
             reason = (

@@ -27,13 +27,13 @@ from gradtools.rules.signature import (
 
 __all__ = [
     "Probe",
+    "Remembered",
     "given",
     "in_double",
     "invented",
     "made_up",
     "moved_off_kinks",
     "of_call",
-    "remember",
     "scale_of",
     "scaled",
     "smaller",
@@ -190,21 +190,28 @@ def _cut(tensor: torch.Tensor, cap: int) -> torch.Tensor:
     return torch.where(part >= cap, part % cap, part)
 
 
-def remember(leaves: Sequence[Any]) -> Callable[[], list[Any] | None]:
-    """Return what gives the arguments of a call again later, large ones in part.
+class Remembered:
+    """The arguments of a call, for later; large ones in part.
 
     Of a tensor with many numbers the first are kept and repeated. Other objects are not
-    kept alive: None is returned when one of them is no more.
+    kept alive.
+
+    Attributes:
+        is_whole: Nothing is in part.
     """
-    keepers = [_remembered(leaf) for leaf in leaves]
-    absent = [leaf is None for leaf in leaves]
 
-    def recall() -> list[Any] | None:
-        values = [keeper() for keeper in keepers]
-        gone = [v is None and not none for v, none in zip(values, absent, strict=True)]
-        return None if any(gone) else values
+    def __init__(self, leaves: Sequence[Any]) -> None:
+        self.keepers = [_remembered(leaf) for leaf in leaves]
+        self.absent = [leaf is None for leaf in leaves]
+        tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+        self.is_whole = all(t.numel() <= MOST_REMEMBERED for t in tensors)
 
-    return recall
+    def recall(self) -> list[Any] | None:
+        """Return the arguments; None when one of them is no more."""
+        values = [keeper() for keeper in self.keepers]
+        pairs = zip(values, self.absent, strict=True)
+        gone = any(value is None and not absent for value, absent in pairs)
+        return None if gone else values
 
 
 def _remembered(leaf: Any) -> Callable[[], Any]:
@@ -226,7 +233,7 @@ def invented(plan: Plan, leaves: Sequence[Any]) -> Iterator[Probe]:
     if plan.rule.probe is not None:
         yield given(plan)
         return
-    earlier = plan.state.remembered and plan.state.remembered()
+    earlier = plan.state.remembered and plan.state.remembered.recall()
     if earlier is not None:
         yield of_call(plan, earlier)
         return
