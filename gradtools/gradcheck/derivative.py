@@ -116,12 +116,12 @@ def is_guilty(
 def is_steady(trial: Trial, place: int, masks: Sequence[torch.Tensor]) -> bool:
     """Whether bwd and autograd stay apart when the argument moves by its rounding.
 
-    For single precision, where differences do not see small elements. Where the two are
-    apart by rounding, they move about as far as they are apart.
+    For small elements, which differences do not see. Where the two are apart by
+    rounding, they move about as far as they are apart.
     """
     assert trial.reference is not None
     leaf = trial.probe.leaves[place]
-    if trial.subject.in_double or torch.finfo(leaf.dtype).eps > 1e-6:
+    if torch.finfo(leaf.dtype).eps > 1e-6:
         return False
     signs = numeric.signs(leaf, trial.subject.generator)
     moved = leaf + leaf * signs * torch.finfo(leaf.dtype).eps
@@ -145,7 +145,7 @@ def is_steady(trial: Trial, place: int, masks: Sequence[torch.Tensor]) -> bool:
         )
         shift = (other_said - said).abs() + (other_right - right).abs()
         gap = (said - right).abs()
-        floor = 100 * trial.least(place, trial.cotangents[row])
+        floor = 100 * trial.least(place, trial.cotangents[row], is_far=True)
         apart = mask & (gap > 100 * shift + floor) & (gap > 0.1 * right.abs())
         if bool(apart.any()):
             return True

@@ -166,9 +166,10 @@ class Trial:
         if not bool(known.any()):
             return torch.zeros_like(known)
         largest = float(size[known].max())
-        # Far out much is tiny; what is found there differences have to confirm.
-        floor = tolerance.floor * (1 if self.factor == 1 else 0.01)
-        least = max(floor * largest, self.least(place, given))
+        # Far out much is tiny; what is found there has to be confirmed.
+        is_far = self.factor != 1
+        floor = tolerance.floor * (0.01 if is_far else 1)
+        least = max(floor * largest, self.least(place, given, is_far=is_far))
         allowed = tolerance.relative * size + least
         if tolerance.wide_relative or tolerance.wide_absolute:
             mean = float(size[known].square().mean().sqrt())
@@ -176,8 +177,14 @@ class Trial:
             allowed = allowed + tolerance.wide_relative * size.clamp(min=mean)
         return known & ~(gap <= allowed)
 
-    def least(self, place: int, given: Tensors) -> float:
-        """Return the size of a cotangent's element that is nothing, next to fun."""
+    def least(self, place: int, given: Tensors, *, is_far: bool = False) -> float:
+        """Return the size of a cotangent's element that is nothing, next to fun.
+
+        Args:
+            place: The argument.
+            given: The cotangents of the outputs.
+            is_far: Rounding alone is nothing.
+        """
         parts = (
             numeric.products(c, o).square().sum()
             for c, o in zip(given, self.outs, strict=True)
@@ -185,7 +192,9 @@ class Trial:
         leaf = self.probe.leaves[place]
         size = float(sum(parts)) ** 0.5
         natural = size / (max(leaf.numel(), 1) ** 0.5 * scale_of(leaf))
-        return numeric.FLAT * natural if natural < float("inf") else 0.0
+        flat = min(500 * torch.finfo(leaf.dtype).eps, numeric.FLAT)
+        part = flat if is_far else numeric.FLAT
+        return part * natural if natural < float("inf") else 0.0
 
     def slope(self, places: Sequence[int], **how: Any) -> Slope:
         """Return the slope of the function along a random direction."""
