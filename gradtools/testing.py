@@ -110,15 +110,16 @@ def _uses(order: int, modes: Iterable[str]) -> tuple[Capability, ...]:
 
 
 def _with_deeper(report: Report, below: Report, order: int) -> Report:
-    evidence = tuple(
-        item
-        if " (order " in item.question
-        else dataclasses.replace(item, question=f"{item.question} (order {order})")
-        for item in below.evidence
-    )
+    """Add what was found of a derivative of an order; deeper ones say theirs."""
+    evidence = []
+    for item in below.evidence:
+        question, _, deeper = item.question.removesuffix(")").partition(" (order ")
+        number = int(deeper) + order - 1 if deeper else order
+        question = f"{question} (order {number})"
+        evidence.append(dataclasses.replace(item, question=question))
     return dataclasses.replace(
         report,
-        evidence=report.evidence + evidence,
+        evidence=(*report.evidence, *evidence),
         seconds=report.seconds + below.seconds,
         evaluations=report.evaluations + below.evaluations,
     )

@@ -32,7 +32,8 @@ def linearity(trial: Trial) -> Evidence:
             two = filled(trial.values[-1][place], leaf)
             got, wanted = filled(values[place], leaf), a * one + b * two
             least = trial.least(place, mixed)
-            _compare(trial, place, got, wanted, least, large=abs(a) > 1)
+            clipped = got if abs(a) > 1 else one
+            _compare(trial, place, got, wanted, least, clipped)
     return Evidence("linear in the cotangent", "passed", "from 1e-3 to 1e4")
 
 
@@ -42,8 +43,7 @@ def _compare(
     got: torch.Tensor,
     wanted: torch.Tensor,
     least: float,
-    *,
-    large: bool,
+    clipped: torch.Tensor,
 ) -> None:
     gap = (got - wanted).abs()
     finite = torch.isfinite(gap)
@@ -57,7 +57,7 @@ def _compare(
     index = int(torch.where(finite, gap, 0).argmax())
     raise GradientMismatchError(
         f"{rule.name}: what bwd returns for {path} is not linear in the cotangent"
-        + (_clipped(got) if large else ": small ones and ordinary ones disagree"),
+        + (_clipped(clipped) or ": multiples of one disagree"),
         rule=rule.where,
         function=rule.which("bwd"),
         violations=[

@@ -1,0 +1,288 @@
+"""What the error says of a mistake: which argument, where, and what it looks like."""
+
+import inspect
+import pickle
+import re
+import types
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+import gradtools as gt
+
+
+def numbers(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).double()
+
+
+X, W, SQUARE, BIAS = numbers(4, 5), numbers(4, 5, seed=1), numbers(5, 5), numbers(5)
+Z = torch.complex(numbers(6), numbers(6, seed=1))
+
+
+def elementwise(x, w):
+    return torch.sin(x) * w**2
+
+
+def right(x, w, g):
+    return g * x.cos() * w**2, g * x.sin() * 2 * w
+
+
+def spoilt(change_x=lambda c: c, change_w=lambda c: c):
+    """Return bwd of ``elementwise`` with changed cotangents."""
+
+    def bwd(residuals, g):
+        c, d = right(*residuals[0], g)
+        return change_x(c), change_w(d)
+
+    return bwd
+
+
+def one_of_many(c):
+    c = c.clone()
+    c[1, 3] *= 1.5
+    return c
+
+
+TABLE = {
+    # name: (fun, bwd, args, kind, sentence, argument)
+    "sign": (
+        elementwise,
+        spoilt(torch.neg),
+        (X, W),
+        "sign",
+        "it has the wrong sign",
+        "args.x",
+    ),
+    "factor": (
+        elementwise,
+        spoilt(lambda c: 2 * c),
+        (X, W),
+        "factor",
+        "it is 2 times what it should be",
+        "args.x",
+    ),
+    "one per cent": (
+        elementwise,
+        spoilt(change_w=lambda c: 1.01 * c),
+        (X, W),
+        "factor",
+        "it is 1.01 times",
+        "args.w",
+    ),
+    "zero": (
+        elementwise,
+        spoilt(torch.zeros_like),
+        (X, W),
+        "zero",
+        "it is zero, and should not be",
+        "args.x",
+    ),
+    "none": (
+        elementwise,
+        spoilt(lambda c: None),
+        (X, W),
+        "zero",
+        "it is zero, and should not be",
+        "args.x",
+    ),
+    "should be zero": (
+        lambda x: torch.floor(x) * 0 + 1,
+        lambda r, g: g,
+        (X + 0.3,),
+        "zero",
+        "it should be zero",
+        "args.x",
+    ),
+    "mean for sum": (
+        lambda x, b: x + b,
+        lambda r, g: (g, g.mean(0)),
+        (X, BIAS),
+        "mean for sum",
+        "a mean over 4 numbers",
+        "args.b",
+    ),
+    "missing sum": (
+        lambda x, b: x * b,
+        lambda r, g: (g * r[0][1], (g * r[0][0])[0]),
+        (X, BIAS),
+        "missing sum",
+        "lacks the sum over dimension 0 of the output, of size 4",
+        "args.b",
+    ),
+    "missing sums": (
+        lambda x, b: x * b,
+        lambda r, g: (g * r[0][1], (g * r[0][0])[0, 0]),
+        (X, torch.tensor(1.5).double()),
+        "missing sum",
+        "lacks the sum over dimensions 0, 1",
+        "args.b",
+    ),
+    "transpose": (
+        lambda a: (a @ a).sum(0),
+        lambda r, g: ((g.expand(5, 5) @ r[0][0].mT) + r[0][0].mT @ g.expand(5, 5)).mT,
+        (SQUARE,),
+        "transpose",
+        "it is transposed",
+        "args.a",
+    ),
+    "swapped": (
+        elementwise,
+        lambda r, g: right(*r[0], g)[::-1],
+        (X, W),
+        "swapped",
+        "it is what args.[wx] should get",
+        "args.",
+    ),
+    "one element": (
+        elementwise,
+        spoilt(one_of_many),
+        (numbers(12, 5), numbers(12, 5, seed=1)),
+        "element",
+        r"1 of 60 elements is wrong, such as args.x\[1, 3\]",
+        "args.x[1, 3]",
+    ),
+    "negative": (
+        torch.sin,
+        lambda r, g: g * r[0][0].cos() * torch.where(r[0][0] < 0, 1.5, 1),
+        (X,),
+        "region",
+        "it is wrong only where args\\[0\\] < 0",
+        "args.args[0]",
+    ),
+    "large": (
+        torch.sin,
+        lambda r, g: g * r[0][0].cos() * torch.where(r[0][0].abs() > 5, 1.5, 1),
+        (X,),
+        "large",
+        r"wrong only where \|args\[0\]\| is large",
+        "args.args[0]",
+    ),
+    "shift": (
+        elementwise,
+        spoilt(lambda c: c.roll(1, -1)),
+        (X, W),
+        "shift",
+        "shifted by one, along the last dim",
+        "args.x",
+    ),
+    "conjugate": (
+        lambda z: z**3,
+        lambda r, g: 3 * g.conj() * r[0][0] ** 2,
+        (Z,),
+        "conjugate",
+        "the complex conjugate",
+        "args.z",
+    ),
+    "not finite": (
+        elementwise,
+        spoilt(lambda c: c / 0 * 0),
+        (X, W),
+        "not finite",
+        "20 of its numbers are NaN|numbers are NaN",
+        "args.x",
+    ),
+    "a term like the argument": (
+        lambda x: (x**2).sum(),
+        lambda r, g: g * (2 * r[0][0] + 0.7 * r[0][0].abs().sqrt() * r[0][0].sign()),
+        (X,),
+        "term",
+        "a term is missing, or there is one too many",
+        "args.x",
+    ),
+}
+
+
+def opaque(fun):
+    def hidden(*args):
+        with torch.no_grad():
+            return fun(*(x.detach() for x in args)).detach()
+
+    if isinstance(fun, types.FunctionType):
+        hidden.__signature__ = inspect.signature(fun)
+    return hidden
+
+
+def caught(fun, bwd, args):
+    rule = gt.custom_vjp(fun)
+    rule.def_bwd(bwd)
+    with pytest.raises(gt.GradientMismatchError) as error:
+        rule(*(x.clone().requires_grad_() for x in args))
+    return error.value, rule
+
+
+@pytest.mark.parametrize("is_opaque", [False, True], ids=["autograd", "differences"])
+@pytest.mark.parametrize("name", TABLE)
+def test_the_mistake_is_named(name, is_opaque):
+    fun, bwd, args, kind, words, where = TABLE[name]
+    error, _ = caught(opaque(fun) if is_opaque else fun, bwd, args)
+    assert error.kind == kind
+    assert error.what.startswith(f"{error.rule.split(' ')[0]}: ")
+    assert re.search(words, error.what), error.what
+    assert error.violations[0].where.startswith(where)
+    by = "differences" if is_opaque else "autograd"
+    assert f"by {by}" in error.violations[0].expected
+
+
+def test_the_worst_element_has_its_index_and_both_values():
+    error, _ = caught(elementwise, spoilt(one_of_many), (X, W))
+    worst = error.violations[0]
+    assert worst.where == "args.x[1, 3]"
+    expected, got = float(worst.expected.split(",")[0]), float(worst.got.split(",")[0])
+    assert_close(got, 1.5 * expected, rtol=1e-4, atol=0)
+
+
+def test_an_argument_inside_a_pytree_has_its_path():
+    error, _ = caught_with_tree()
+    assert error.violations[0].where.startswith("args.params['w']")
+
+
+def caught_with_tree():
+    rule = gt.custom_vjp(lambda params, x: x @ params["w"] + params["b"])
+
+    @rule.def_bwd
+    def _(residuals, g):
+        (params, x), _ = residuals
+        return {"params": {"w": -x.T @ g, "b": g.sum(0)}, "x": g @ params["w"].T}
+
+    with pytest.raises(gt.GradientMismatchError, match="wrong sign") as error:
+        rule.gradcheck({"w": numbers(5, 2), "b": numbers(2)}, X)
+    return error.value, rule
+
+
+CLIPS = {
+    "clipped at 0.1": lambda c: c.clamp(-0.1, 0.1),
+    "clipped at 20": lambda c: c.clamp(-20, 20),
+    "not linear in the cotangent": torch.abs,
+    "multiples of one disagree": lambda c: c + 1.0,
+}
+
+
+@pytest.mark.parametrize("words", CLIPS)
+def test_a_bwd_that_is_not_linear_is_named(words):
+    error, _ = caught(elementwise, spoilt(CLIPS[words]), (X, W))
+    assert error.kind == "not linear"
+    assert words in error.what
+    assert "args.x" in error.what
+    assert "Surrogate" in error.fix
+
+
+def test_the_error_survives_pickling_with_its_kind():
+    error, _ = caught(elementwise, spoilt(torch.neg), (X, W))
+    again = pickle.loads(pickle.dumps(error))
+    assert (again.kind, str(again)) == ("sign", str(error))
+
+
+def test_a_failure_leaves_its_report_and_the_pictures_data():
+    _, rule = caught(elementwise, spoilt(torch.neg), (X, W))
+    (report,) = rule.reports
+    assert report.outcome == "failed"
+    assert isinstance(report.failure, gt.GradientMismatchError)
+    assert report.figures == ()
+    with pytest.raises(gt.GradientMismatchError, match="wrong sign"):
+        rule.gradcheck(X, W)
+    first, second = rule.reports[0].figures
+    assert (first.where, first.shape, first.source) == ("args.x", (4, 5), "autograd")
+    assert_close(first.analytic, -first.reference)
+    assert_close(second.analytic, second.reference)
+    assert second.errors.min() < 1e-8
