@@ -190,7 +190,7 @@ class _Examination:
             return probe, None
         fits = BYTES_EACH * size <= MOST_BYTES
         if fits:
-            size += _size(self.subject.fun(probe))
+            size += _size(self.subject.fun(_copied(probe)))
             fits = BYTES_EACH * size <= MOST_BYTES
         if size <= MANY_NUMBERS:
             return probe, None
@@ -223,9 +223,7 @@ class _Examination:
         subject = self.subject
         probe = probe.watched(anew=False)
         wide = probes.in_double(probe)
-        plain = probe.with_leaves(
-            [x.clone() if isinstance(x, torch.Tensor) else x for x in probe.leaves]
-        )
+        plain = _copied(probe)
         try:
             outs = subject.fun(wide)
             run = subject.fwd(wide)
@@ -306,6 +304,12 @@ class _Examination:
         """Ask whether a batch gives what its elements give."""
         self.current = "vmap"
         self.add(batch(self.subject, batched, leaves))
+
+
+def _copied(probe: Probe) -> Probe:
+    """Return the probe on tensors that fun may edit: the user's are not ours."""
+    leaves = [x.clone() if isinstance(x, torch.Tensor) else x for x in probe.leaves]
+    return probe.with_leaves(leaves)
 
 
 def _claim(contract: Any) -> str:

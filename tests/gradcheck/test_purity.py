@@ -274,3 +274,13 @@ def test_the_generators_are_where_they_were_after_a_check(factor):
         with pytest.raises(gt.GradientMismatchError, match="not the derivative"):
             rule.gradcheck(points())
     assert states() == before
+
+
+def test_a_large_argument_that_fun_would_edit_is_left_alone():
+    rule = gt.custom_vjp(lambda x: x.mul_(2.0))
+    rule.defvjp(lambda x: (x * 2.0, ()), lambda residuals, g: 2 * g)
+    arg = torch.ones(2**14, requires_grad=True)
+    with pytest.raises(gt.GradientMismatchError, match=r"fun changes args\.x in place"):
+        rule(arg)
+    assert torch.equal(arg, torch.ones(2**14))
+    assert arg._version == 0
