@@ -91,12 +91,10 @@ def test_autograd_itself(rule):
 
 
 @rules
-@pytest.mark.parametrize("make", [identity, batched_identity])
-def test_judge_finds_no_fault(rule, make):
-    mutant = make(rule)
-    if mutant is None:
-        pytest.skip("not batched by hand")
-    assert not judge(mutant, 0).counts
+def test_judge_finds_no_fault(rule):
+    unchanged = [identity(rule), batched_identity(rule)]
+    made = [mutant for mutant in unchanged if mutant is not None]  # not all are batched
+    assert not any(judge(mutant, 0).counts for mutant in made)
 
 
 @rules
