@@ -192,15 +192,25 @@ def one_by_one(trial: Trial, places: Sequence[int]) -> Evidence:
     worst = sorted(places, key=lambda place: max(map(_error, found[place])))
     for place in reversed(worst):
         items = found[place]
-        if _refute(trial, items) and _refute(
-            trial, _along(trial, [place], relative=True)
-        ):
+        if _refute(trial, items) and _is_no_accident(trial, place):
             raise Culprit(trial, place, max(items, key=_error)).error()
     return Evidence(
         question(trial, places) + " by differences",
         "not checked",
         "they do not converge here",
     )
+
+
+def _is_no_accident(trial: Trial, place: int) -> bool:
+    """Whether bwd is also wrong where no number crosses zero, and with a small step."""
+    if not _refute(trial, _along(trial, [place], relative=True)):
+        return False
+    if not trial.subject.in_double:
+        return True
+    moves = numeric.direction(
+        trial.probe, [place], trial.subject.generator, trial.values
+    )
+    return _refute(trial, trial.compared(trial.slope_along(moves, finely=True)))
 
 
 def at_other_sizes(trial: Trial) -> list[Evidence]:
@@ -219,7 +229,7 @@ def at_other_sizes(trial: Trial) -> list[Evidence]:
             continue
         if trial.reference is not None:
             evidence += _by_elements_far(far)
-        else:
+        elif subject.in_double:
             evidence += _by_differences_far(far)
     return evidence
 

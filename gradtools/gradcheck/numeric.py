@@ -99,6 +99,7 @@ def slope(
     dtypes: Sequence[torch.dtype],
     *,
     closely: bool = False,
+    finely: bool = False,
 ) -> Slope:
     """Return the slope of a function along a direction; in four evaluations.
 
@@ -111,10 +112,11 @@ def slope(
         moves: The direction.
         dtypes: Those of the numbers that come in and out.
         closely: Take a step between the two as well, for the last digits.
+        finely: Take the small step only, in which nothing has room to oscillate.
     """
     epsilon = max(torch.finfo(dtype).eps for dtype in dtypes)
     coarse = epsilon ** (1 / 5)  # best for the extrapolated difference
-    steps = [coarse, coarse / 8] if closely else [coarse]
+    steps = [] if finely else [coarse, coarse / 8] if closely else [coarse]
     best: Slope | None = None
     for step in steps:
         found = _extrapolated(fun, probe, moves, step, 10 * epsilon / step)

@@ -192,8 +192,9 @@ class Trial:
         leaf = self.probe.leaves[place]
         size = float(sum(parts)) ** 0.5
         natural = size / (max(leaf.numel(), 1) ** 0.5 * scale_of(leaf))
-        flat = min(500 * torch.finfo(leaf.dtype).eps, numeric.FLAT)
-        part = flat if is_far else numeric.FLAT
+        epsilon = max(torch.finfo(t.dtype).eps for t in (leaf, *self.outs))
+        rounding = min(500 * epsilon, numeric.FLAT)
+        part = rounding if is_far else max(10 * epsilon, numeric.FLAT)
         return part * natural if natural < float("inf") else 0.0
 
     def slope(self, places: Sequence[int], **how: Any) -> Slope:
@@ -203,7 +204,7 @@ class Trial:
         )
         return self.slope_along(moves)
 
-    def slope_along(self, moves: numeric.Moves) -> Slope:
+    def slope_along(self, moves: numeric.Moves, *, finely: bool = False) -> Slope:
         """Return the slope of the function along a direction."""
         tensors = (*self.outs, *moves.values())
         return numeric.slope(
@@ -212,6 +213,7 @@ class Trial:
             moves,
             [tensor.dtype for tensor in tensors],
             closely=self.reference is None,
+            finely=finely,
         )
 
     def compared(self, found: Slope) -> list[Comparison]:
