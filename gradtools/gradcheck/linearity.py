@@ -39,8 +39,8 @@ def linearity(trial: Trial) -> Evidence:
             limits = torch.finfo(leaf.dtype)  # below, numbers have few digits
             least += 10 * (abs(a) + abs(b)) * limits.tiny * limits.eps
             least += 10 * limits.eps * _largest(mixed)  # what cancels leaves as much
-            clipped = got if abs(a) > 1 else one
-            _compare(trial, place, got, wanted, least, clipped)
+            looks = _clipped(got, alone=True) if abs(a) > 1 else _clipped(one)
+            _compare(trial, place, got, wanted, least, looks)
     return Evidence("linear in the cotangent", "passed", "from 1e-3 to 1e4")
 
 
@@ -67,7 +67,7 @@ def _compare(
     got: torch.Tensor,
     wanted: torch.Tensor,
     least: float,
-    clipped: torch.Tensor,
+    looks: str,
 ) -> None:
     gap = (got - wanted).abs()
     finite = torch.isfinite(gap)
@@ -81,7 +81,7 @@ def _compare(
     index = int(torch.where(finite, gap, 0).argmax())
     raise GradientMismatchError(
         f"{rule.name}: what bwd returns for {path} is not linear in the cotangent"
-        + (_clipped(clipped) or ": multiples of one disagree"),
+        + (looks or ": multiples of one disagree"),
         rule=rule.where,
         function=rule.which("bwd"),
         violations=[
@@ -97,11 +97,19 @@ def _compare(
     )
 
 
-def _clipped(values: torch.Tensor) -> str:
-    """Say at which number the values seem to be clipped, if they do."""
+def _clipped(values: torch.Tensor, *, alone: bool = False) -> str:
+    """Say at which number the values seem to be clipped, if they do.
+
+    Args:
+        values: What bwd returned.
+        alone: A single number that is small where it should be huge counts too.
+    """
+    if values.numel() == 0:
+        return ""
     sizes = values.abs().flatten()
     bound = sizes.max()
     at_bound = int((sizes >= bound * (1 - 1e-12)).sum())
-    if at_bound > 1 or (sizes.numel() == 1 and 0 < float(bound) < 1e3):
+    small = alone and sizes.numel() == 1 and 0 < float(bound) < 1e3
+    if small or (at_bound > 1 and float(bound) > 0):
         return f": it seems to be clipped at {float(bound):.4g}"
     return ""
