@@ -158,6 +158,38 @@ TABLE = {
         r"wrong only where \|args\[0\]\| is large",
         "args.args[0]",
     ),
+    "positive": (
+        torch.sin,
+        lambda r, g: g * r[0][0].cos() * torch.where(r[0][0] > 0, 1.5, 1),
+        (X,),
+        "region",
+        "it is wrong only where args\\[0\\] > 0",
+        "args.args[0]",
+    ),
+    "large, within the arguments": (
+        torch.sin,
+        lambda r, g: g * r[0][0].cos() * torch.where(r[0][0].abs() > 1, 1.5, 1),
+        (X,),
+        "large",
+        r"wrong only where \|args\[0\]\| is large, 1\.\d+ or more",
+        "args.args[0]",
+    ),
+    "one of thirty": (
+        elementwise,
+        spoilt(one_of_many),
+        (numbers(6, 5), numbers(6, 5, seed=1)),
+        "element",
+        r"1 of 30 elements is wrong, such as args.x\[1, 3\]",
+        "args.x[1, 3]",
+    ),
+    "a term like w": (
+        lambda x, w: torch.sin(x) + 0.3 * x * w,
+        lambda r, g: (g * r[0][0].cos(), 0.3 * g * r[0][0]),
+        (X, W),
+        "term",
+        r"that is proportional to the cotangent times args\.w$",
+        "args.x",
+    ),
     "shift": (
         elementwise,
         spoilt(lambda c: c.roll(1, -1)),
@@ -225,11 +257,18 @@ def test_the_mistake_is_named(name, is_opaque):
 
 
 def test_the_worst_element_has_its_index_and_both_values():
-    error, _ = caught(elementwise, spoilt(one_of_many), (X, W))
+    closed = []
+
+    def bwd(residuals, g):
+        closed.append(float(right(*residuals[0], g)[0][1, 3]))
+        return spoilt(one_of_many)(residuals, g)
+
+    error, _ = caught(elementwise, bwd, (X, W))
     worst = error.violations[0]
     assert worst.where == "args.x[1, 3]"
     expected, got = float(worst.expected.split(",")[0]), float(worst.got.split(",")[0])
     assert_close(got, 1.5 * expected, rtol=1e-4, atol=0)
+    assert min(abs(value / expected - 1) for value in closed) < 1e-5
 
 
 def test_an_argument_inside_a_pytree_has_its_path():
@@ -258,13 +297,60 @@ CLIPS = {
 }
 
 
+@pytest.mark.parametrize("is_opaque", [False, True], ids=["autograd", "differences"])
 @pytest.mark.parametrize("words", CLIPS)
-def test_a_bwd_that_is_not_linear_is_named(words):
-    error, _ = caught(elementwise, spoilt(CLIPS[words]), (X, W))
+def test_a_bwd_that_is_not_linear_is_named(words, is_opaque):
+    fun = opaque(elementwise) if is_opaque else elementwise
+    error, _ = caught(fun, spoilt(CLIPS[words]), (X, W))
     assert error.kind == "not linear"
     assert words in error.what
     assert "args.x" in error.what
     assert "Surrogate" in error.fix
+
+
+FWDS = {
+    "a value that differs by 1.0e-02": lambda x: x.sin() * 1.01,
+    "a value that differs by inf": lambda x: torch.where(x > 1, torch.nan, x.sin()),
+    "shape (1, 4, 5)": lambda x: x.sin()[None],
+    "torch.float32": lambda x: x.sin().float(),
+    "2 tensors": lambda x: (x.sin(), x),
+}
+
+
+@pytest.mark.parametrize("is_opaque", [False, True], ids=["autograd", "differences"])
+@pytest.mark.parametrize("words", FWDS)
+def test_a_fwd_that_is_not_the_function_is_named(words, is_opaque):
+    rule = gt.custom_vjp(opaque(torch.sin) if is_opaque else torch.sin)
+    rule.defvjp(lambda x: (FWDS[words](x), x), lambda x, g: g * x.cos())
+    with pytest.raises(gt.GradientMismatchError, match="fwd does not return") as error:
+        rule(X.clone().requires_grad_())
+    (violation,) = error.value.violations
+    assert (error.value.kind, violation.where) == ("fwd", "output 0")
+    assert words in violation.got
+
+
+def test_a_second_derivative_that_a_detach_spoils_is_named():
+    rule = gt.custom_vjp(lambda x: x**3 / 3)
+    rule.defvjp(lambda x: (x**3 / 3, x), lambda x, g: g * x * x.detach())
+    x = X.clone().requires_grad_()
+    out = rule(x).sum()
+    (first,) = torch.autograd.grad(out, x, retain_graph=True)
+    assert_close(first, X**2)
+    with pytest.raises(gt.GradientMismatchError, match="second derivative in") as error:
+        torch.autograd.grad(out, x, create_graph=True)
+    assert error.value.kind == "second derivative"
+    assert error.value.violations[0].where == "second derivative in args.x"
+    assert rule.reports[0].outcome == "failed"
+
+
+@pytest.mark.parametrize("is_opaque", [False, True], ids=["autograd", "differences"])
+def test_of_several_wrong_arguments_one_is_named(is_opaque):
+    fun = opaque(elementwise) if is_opaque else elementwise
+    error, _ = caught(fun, spoilt(torch.neg, torch.neg), (X, W))
+    (named,) = re.findall(r"args\.\w+", error.what)
+    assert named in {"args.x", "args.w"}
+    assert error.kind == "sign"
+    assert all(item.where.startswith(named) for item in error.violations)
 
 
 def test_the_error_survives_pickling_with_its_kind():
@@ -277,6 +363,7 @@ def test_a_failure_leaves_its_report_and_the_pictures_data():
     _, rule = caught(elementwise, spoilt(torch.neg), (X, W))
     (report,) = rule.reports
     assert report.outcome == "failed"
+    assert "failed" in {item.outcome for item in report.evidence}
     assert isinstance(report.failure, gt.GradientMismatchError)
     assert report.figures == ()
     with pytest.raises(gt.GradientMismatchError, match="wrong sign"):
@@ -286,3 +373,14 @@ def test_a_failure_leaves_its_report_and_the_pictures_data():
     assert_close(first.analytic, -first.reference)
     assert_close(second.analytic, second.reference)
     assert second.errors.min() < 1e-8
+
+
+def test_the_pictures_data_of_a_right_rule_agree():
+    rule = gt.custom_vjp(elementwise)
+    rule.def_bwd(spoilt())
+    first, second = rule.gradcheck(X, W).figures
+    assert [first.where, second.where] == ["args.x", "args.w"]
+    for item in (first, second):
+        assert item.shape == (4, 5)
+        assert item.places.tolist() == list(range(20))
+        assert_close(item.analytic, item.reference)

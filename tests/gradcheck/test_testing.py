@@ -62,11 +62,12 @@ RIGHT = {
 }
 
 
+@pytest.mark.parametrize("modes", [("rev",), "fwd", ("rev", "fwd")])
 @pytest.mark.parametrize("order", [1, 2, 3])
 @pytest.mark.parametrize("name", RIGHT)
-def test_right_functions_pass(name, order):
+def test_right_functions_pass(name, order, modes):
     f, args, kwargs = RIGHT[name]
-    report = check_grads(f, args, kwargs, order=order)
+    report = check_grads(f, args, kwargs, order=order, modes=modes)
     assert report.outcome == "passed"
     orders = {e.question.rpartition(" (order ")[2] for e in report.evidence}
     assert orders >= {f"{n})" for n in range(2, order + 1)}
@@ -131,7 +132,7 @@ def test_rtol_widens_the_check():
 
 def test_methods_are_checked_on_their_instance():
     class Scaled:
-        scale = 3.0
+        scale, factor = 3.0, 1.0
 
         @gt.custom_vjp
         def times(self, x):
@@ -139,9 +140,13 @@ def test_methods_are_checked_on_their_instance():
 
         @times.def_bwd
         def _(self, residuals, g):
-            return None, self.scale * g
+            return None, self.factor * self.scale * g
 
     assert check_grads(Scaled().times, (numbers(3),)).outcome == "passed"
+    wrong = Scaled()
+    wrong.factor = 2.0
+    with pytest.raises(gt.GradientMismatchError, match=r"args\.x.*it is 2 times"):
+        check_grads(wrong.times, (numbers(3),))
 
 
 @pytest.mark.parametrize(
@@ -180,6 +185,26 @@ def test_a_rule_that_mixes_the_batch_is_found_by_the_transform_that_shows_it():
         assert [item.question for item in report.evidence] == ["vjp", "vmap"]
         with pytest.raises(gt.GradientMismatchError, match="vmap of vjp does not give"):
             check_transforms(mixing(), (numbers(3),), transforms=["vmap of vjp"])
+
+
+def test_a_detached_second_derivative_is_found_by_the_transform_that_shows_it():
+    with gt.gradcheck_policy("off"):
+        rule = cube(detach=True)
+        assert check_transforms(rule, (numbers(3),), transforms=["vjp"]).evidence
+        with pytest.raises(gt.GradientMismatchError, match="jvp of vjp does not give"):
+            check_transforms(rule, (numbers(3),), transforms=["jvp of vjp"])
+
+
+def test_what_torch_refuses_is_an_error_of_torch():
+    assert not Wrong.generate_vmap_rule
+
+    def f(x):
+        return Wrong.apply(x, 1.0, 1.0)
+
+    passing = check_transforms(f, (numbers(3),), transforms=["vjp", "jvp"])
+    assert [item.question for item in passing.evidence] == ["vjp", "jvp"]
+    with pytest.raises(RuntimeError, match="does not have vmap support"):
+        check_transforms(f, (numbers(3),), transforms=["vmap"])
 
 
 def test_an_unknown_transform_is_an_error():

@@ -141,6 +141,26 @@ def test_the_check_adds_no_guard_on_sizes():
     assert frames("first") == frames("off") < 3
 
 
+@pytest.mark.parametrize("is_counter", [False, True], ids=["followed", "crossed"])
+def test_two_sizes_share_one_compiled_function(is_counter):
+    @gt.custom_vjp
+    def sine(x):
+        return torch.sin(x)
+
+    sine.def_bwd(lambda residuals, g: g * residuals[0][0].cos())
+    # A backend of unknown kind is crossed, and "aot_eager" by name is followed.
+    backend = CompileCounterWithBackend("aot_eager") if is_counter else "aot_eager"
+    before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    function = torch.compile(sine, backend=backend, fullgraph=True, dynamic=True)
+    for count in (4, 7):
+        arg = x(count).requires_grad_()
+        (grad,) = torch.autograd.grad(function(arg).sum(), arg)
+        assert_close(grad, x(count).cos())
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == before + 1
+    assert not is_counter or backend.frame_count == 1
+    assert [report.outcome for report in sine.reports] == ["passed"]
+
+
 def test_numbers_are_made_up_in_the_domain_of_the_function():
     @gt.custom_vjp
     def log(x):
@@ -192,6 +212,56 @@ def test_nothing_is_checked_under_policy_off_or_without_a_gradient(policy):
     assert outcomes == (["not checked"] if policy == "off" else [])
 
 
+def test_nothing_is_checked_under_no_grad():
+    rule = sine(2.0)
+    with torch.no_grad():
+        out = compiled(rule)(x().requires_grad_())
+    assert_close(out, x().sin())
+    assert rule.reports == ()
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "eager"])
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_what_was_checked_in_a_trace_gives_the_right_numbers(backend, dynamic):
+    rule, arg = sine(), x().requires_grad_()
+    out = compiled(rule, backend, dynamic=dynamic)(arg)
+    assert_close(out, x().sin())
+    assert_close(torch.autograd.grad(out.sum(), arg)[0], x().cos())
+    assert [report.outcome for report in rule.reports] == ["passed"]
+
+
+def test_a_function_whose_trace_failed_fails_again_with_the_same_error():
+    function, errors = compiled(sine(2.0)), []
+    for _ in range(2):
+        with pytest.raises(gt.GradientMismatchError, match="it is 2 times") as error:
+            function(x().requires_grad_())
+        errors.append(error.value)
+    assert errors[0] is not errors[1]
+    assert str(errors[0]) == str(errors[1])
+    assert errors[0].kind == errors[1].kind == "factor"
+
+
+def test_indices_are_made_up_as_zeros():
+    seen = []
+
+    @gt.custom_vjp
+    def pick(x, index):
+        if gt.is_checking():
+            seen.append(index.tolist())
+        return x[index]
+
+    @pick.def_bwd
+    def _(residuals, g):
+        (x, index), _ = residuals
+        return torch.zeros_like(x).index_add(0, index, g), None
+
+    out = compiled(pick)(x().requires_grad_(), torch.tensor([1, 3]))
+    assert_close(out, x()[[1, 3]])
+    assert [report.outcome for report in pick.reports] == ["passed"]
+    assert [0, 0] in seen
+    assert [1, 3] not in seen
+
+
 class Scaled(torch.nn.Module):
     def __init__(self):
         super().__init__()
@@ -214,3 +284,17 @@ def test_a_method_is_checked_on_its_instance():
     out = compiled(Scaled())(arg)
     assert_close(torch.autograd.grad(out.sum(), arg)[0], torch.full((4,), 3.0))
     assert {report.outcome for report in Scaled.forward_rule.reports} == {"passed"}
+
+
+def test_a_wrong_method_is_an_error_of_gradtools():
+    class Wrong(Scaled):
+        @gt.custom_vjp
+        def forward_rule(self, x):
+            return self.scale * x
+
+        @forward_rule.def_bwd
+        def _(self, residuals, g):
+            return None, 2 * self.scale * g
+
+    with pytest.raises(gt.GradientMismatchError, match=r"args\.x.*it is 2 times"):
+        compiled(Wrong())(x().requires_grad_())
