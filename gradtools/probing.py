@@ -6,15 +6,17 @@ import contextlib
 import threading
 from collections.abc import Iterator
 
-__all__ = ["is_checking", "is_plain", "plainly", "probing"]
+__all__ = ["is_checking", "is_plain", "moment", "plainly", "probing"]
 
 
-class _Depth(threading.local):
+class _Moment(threading.local):
+    """What a thread is doing: how deep in checks it is, and whether rules count."""
+
     value = 0
     is_plain = False
 
 
-_depth = _Depth()
+moment = _Moment()
 
 
 def is_checking() -> bool:
@@ -29,29 +31,29 @@ def is_checking() -> bool:
                 print("called with", tuple(x.shape))
             return x * 2, ()
     """
-    return _depth.value > 0
+    return moment.value > 0
 
 
 @contextlib.contextmanager
 def probing() -> Iterator[None]:
     """Mark what runs inside as part of a check."""
-    _depth.value += 1
+    moment.value += 1
     try:
         yield
     finally:
-        _depth.value -= 1
+        moment.value -= 1
 
 
 def is_plain() -> bool:
     """Whether rules are to stand aside, so that autograd sees their functions."""
-    return _depth.is_plain
+    return moment.is_plain
 
 
 @contextlib.contextmanager
 def plainly() -> Iterator[None]:
     """Run functions without the rules inside: their derivatives are not in question."""
-    before, _depth.is_plain = _depth.is_plain, True
+    before, moment.is_plain = moment.is_plain, True
     try:
         yield
     finally:
-        _depth.is_plain = before
+        moment.is_plain = before

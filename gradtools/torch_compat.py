@@ -21,12 +21,15 @@ from torch._subclasses import fake_tensor
 from torch.autograd import forward_ad
 
 __all__ = [
+    "apply_of",
     "autocast_devices",
     "autocast_enabled",
     "autocast_state",
+    "call_backward_directly",
     "clean_autograd",
     "dual_level",
     "dual_level_announced",
+    "dual_level_holder",
     "forward_ad_active",
     "forward_ad_enabled",
     "graph_is_kept",
@@ -48,6 +51,7 @@ __all__ = [
     "requires_grad_at_any_level",
     "tangent_of",
     "transforms_active",
+    "unwrap_if_dead",
     "unwrapped_to",
     "vmap_flat",
 ]
@@ -92,6 +96,29 @@ def forward_ad_active() -> bool:
         transforms_active()
         and any(i.key() == _functorch.TransformType.Jvp for i in _interpreters())
     )
+
+
+unwrap_if_dead: Callable[[torch.Tensor], torch.Tensor] = _functorch.unwrap_if_dead
+"""What a tensor wraps, where the transform that it belonged to is over."""
+
+
+def apply_of(function: type[torch.autograd.Function]) -> Callable[..., Any]:
+    """Return ``function.apply`` for calls with no transform active, of live tensors.
+
+    It is what ``Function.apply`` calls when it has found that out anew.
+    """
+    return super(torch.autograd.Function, function).apply  # type: ignore[misc]
+
+
+def call_backward_directly(function: type[torch.autograd.Function]) -> None:
+    """Have the engine call ``function.backward`` without a search for it each time."""
+    node: Any = function._backward_cls  # type: ignore[attr-defined]
+    node.apply = function.backward
+    node.astray = False  # until a forward says otherwise
+
+
+dual_level_holder: Any = forward_ad
+"""Where generated code reads ``_current_level``, one variable of the process."""
 
 
 def dual_level() -> int:
@@ -266,9 +293,8 @@ def autocast_state(devices: Sequence[str]) -> tuple[tuple[str, torch.dtype], ...
     )
 
 
-def autocast_enabled() -> bool:
-    """Whether autocast is on for any device type."""
-    return torch._C._is_any_autocast_enabled()
+autocast_enabled: Callable[[], bool] = torch._C._is_any_autocast_enabled
+"""Whether autocast is on for any device type."""
 
 
 def autocast_devices() -> list[str]:

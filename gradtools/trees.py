@@ -7,13 +7,14 @@ no other. Everything above this module speaks of *leaves* and *structures*.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch.utils import _pytree as pytree
 
 __all__ = [
+    "Outline",
     "Spec",
     "Structure",
     "added",
@@ -22,6 +23,7 @@ __all__ = [
     "has_sizes",
     "is_leaf",
     "map_tensors",
+    "outline",
     "paths",
     "unflatten",
     "with_sizes",
@@ -56,6 +58,55 @@ def with_sizes(tree: Any, spec: Spec) -> Any:
             for (key, child), inner in zip(tree.items(), below, strict=True)
         }
     return tree
+
+
+class Outline(NamedTuple):
+    """A tree of plain containers, spelled out for generated code.
+
+    Attributes:
+        kind: ``tuple``, ``list`` or ``dict``; ``torch.Size``, whose numbers are taken
+            for one leaf; None for a leaf.
+        number: The number of the leaf.
+        keys: Of a dict: its keys.
+        children: What is inside.
+    """
+
+    kind: type | None
+    number: int = -1
+    keys: tuple[str, ...] = ()
+    children: tuple[Outline, ...] = ()
+
+    def leaves(self) -> Iterator[Outline]:
+        """Yield the leaves."""
+        if self.kind in (None, torch.Size):
+            yield self
+        for child in self.children:
+            yield from child.leaves()
+
+
+def outline(tree: Any) -> tuple[Outline, list[Any]] | None:
+    """Spell out a tree, and return its leaves; None if a container is no plain one."""
+    found: list[Any] = []
+
+    def visit(node: Any) -> Outline:
+        kind: Any = type(node)
+        if kind in (tuple, list):
+            return Outline(kind, children=tuple(map(visit, node)))
+        if kind is dict and all(type(key) is str for key in node):
+            return Outline(kind, -1, tuple(node), tuple(map(visit, node.values())))
+        if kind is not torch.Size and not is_leaf(node):
+            raise _NotPlain
+        found.append(node)
+        return Outline(torch.Size if kind is torch.Size else None, len(found) - 1)
+
+    try:
+        return visit(tree), found
+    except _NotPlain:
+        return None
+
+
+class _NotPlain(Exception):  # noqa: N818 (caught above)
+    """A container is a type of the user's."""
 
 
 def children(node: Any) -> list[tuple[str, Any]] | None:

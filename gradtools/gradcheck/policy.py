@@ -10,17 +10,17 @@ from typing import Any, Literal, get_args
 
 from gradtools.errors import DefinitionError
 
-__all__ = ["Policy", "current_policy", "gradcheck_policy"]
+__all__ = ["Policy", "chosen", "current_policy", "gradcheck_policy"]
 
 Policy = Literal["first", "always", "off"]
 
 _VARIABLE = "GRADTOOLS_GRADCHECK"
-_chosen: ContextVar[Policy | None] = ContextVar("gradcheck_policy", default=None)
+chosen: ContextVar[Policy | None] = ContextVar("gradcheck_policy", default=None)
 
 
 def current_policy() -> Policy:
     """Return the policy in force: the innermost context's, else the environment's."""
-    return _chosen.get() or _from_environment()
+    return chosen.get() or _from_environment()
 
 
 @functools.cache
@@ -63,11 +63,11 @@ class gradcheck_policy(contextlib.ContextDecorator):  # noqa: N801
         self._tokens: list[Token[Policy | None]] = []
 
     def __enter__(self) -> gradcheck_policy:
-        self._tokens.append(_chosen.set(self.policy))
+        self._tokens.append(chosen.set(self.policy))
         return self
 
     def __exit__(self, *exception: object) -> None:
-        _chosen.reset(self._tokens.pop())
+        chosen.reset(self._tokens.pop())
 
     def _recreate_cm(self) -> gradcheck_policy:
         return type(self)(self.policy)

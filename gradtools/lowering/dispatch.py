@@ -21,7 +21,14 @@ import torch
 
 from gradtools import torch_compat, trees
 from gradtools.errors import DefinitionError, Violation
-from gradtools.lowering import boundary, captures, contents, free_variables, functions
+from gradtools.lowering import (
+    boundary,
+    captures,
+    contents,
+    express,
+    free_variables,
+    functions,
+)
 from gradtools.lowering.flat import Plan
 from gradtools.lowering.state import Checks, State
 from gradtools.probing import is_plain
@@ -38,6 +45,8 @@ __all__ = ["Lowered"]
 
 _MOST_STATES = 16
 _MOST_PLANS = 512
+_MOST_CODES = 64
+_MOST_STRAYS = 4
 
 
 class Lowered:
@@ -47,6 +56,10 @@ class Lowered:
         rule: The rule.
         checks: Told of uses before they happen; raises when the rule is wrong.
         policy: Returns the policy of the gradient check.
+        chosen: Returns what the policy follows from; it takes less time.
+
+    Attributes:
+        express: Takes the entries of a call and returns the output, or ASTRAY.
     """
 
     def __init__(
@@ -54,14 +67,18 @@ class Lowered:
         rule: Rule,
         checks: Checks,
         policy: Callable[[], str],
+        chosen: Callable[[], Any],
     ) -> None:
         self.rule = rule
         self.checks = checks
         self.policy = policy
+        self.chosen = chosen
         self.direct = functions.named(functions.Direct, rule.name)
         self.composable = functions.named(functions.Composable, rule.name)
         self.plans: dict[Hashable, Plan] = {}
         self.states: dict[Hashable, State] = {}
+        self.codes: dict[express.Pattern, express.Code] = {}
+        self.express: Callable[[Sequence[Any]], Any] = express.astray
         functions_of = (rule.fun, rule.fwd, rule.bwd, rule.jvp)
         self.names = frozenset[str]().union(
             *map(free_variables.names_used, functions_of)
@@ -83,7 +100,12 @@ class Lowered:
             or self.rule.autocast
         ):
             return self.rule.fun(*args, **kwargs)
-        return self.run_entries(self.rule.parameters.bind(args, kwargs))
+        entries = self.rule.parameters.bind(args, kwargs)
+        if len(entries) != len(args):  # else express was asked already
+            out = self.express(entries)
+            if out is not express.ASTRAY:
+                return out
+        return self.run_entries(entries)
 
     @boundary.unseen
     def run_entries(self, entries: tuple[Any, ...]) -> Any:
@@ -111,14 +133,40 @@ class Lowered:
             return self.run_primal(leaves, spec, entries, transformed)
         order = torch_compat.order(leaves) if transformed else 1
         plan = self.plan(leaves, spec, entries, needs, moving, order)
-        if plan.state.watched and next(self.owed(leaves), None) is not None:
+        if plan.state.watched and self.owes(leaves):
             plan.state.watched.clear()  # look for captured tensors again
         function = self.composable if transformed else self.direct
         returned = function.apply(plan, *leaves)
-        if isinstance(returned, torch.Tensor):
-            return returned
-        *tensors, layout = returned
-        return layout.outputs.rebuild(tensors[: layout.outputs.count])
+        if not transformed:
+            self.learn(plan, leaves, entries)
+        return express.unpacked(returned)
+
+    def learn(self, plan: Plan, leaves: Sequence[Any], entries: Sequence[Any]) -> None:
+        """Have the next calls like this one served by generated code."""
+        if plan.express is not None:
+            self.express = plan.express.code.call  # calls of several kinds take turns
+        elif plan.layout is not None and express.is_settled(plan):
+            layout, plan.layout = plan.layout, None
+            plan.is_learning = False
+            learned = express.pattern_of(plan, layout, leaves, entries, bool(self.free))
+            if learned is not None:
+                self.express = self.code(learned).learn(plan, layout, leaves)
+        elif plan.strays < _MOST_STRAYS:
+            plan.is_learning = True  # from the second call on
+
+    def code(self, pattern: express.Pattern) -> express.Code:
+        """Return the code for a pattern, written on its first occasion."""
+        code = self.codes.get(pattern)
+        if code is None:
+            if len(self.codes) >= _MOST_CODES:
+                self.codes.clear()
+            code = express.Code(self.rule, pattern, self.chosen, self.owes)
+            self.codes[pattern] = code
+        return code
+
+    def owes(self, leaves: Sequence[Any]) -> bool:
+        """Whether a tensor that is no argument has come to need a gradient."""
+        return next(self.owed(leaves), None) is not None
 
     def run_primal(
         self,

@@ -26,7 +26,7 @@ from gradtools.rules.rule import Rule
 from gradtools.rules.signature import CallSignature
 from gradtools.trees import Structure
 
-__all__ = ["Lowerable", "Plan"]
+__all__ = ["Lowerable", "Plan", "noted"]
 
 Tensors = Sequence[torch.Tensor]
 Optional = Sequence[torch.Tensor | None]
@@ -113,6 +113,10 @@ class Plan:
         has_callables: Some argument may hold parameters.
         is_unchecked: The check still wants to hear of uses.
         shown: The arguments in words.
+        layout: How the last call was laid out, where :mod:`.express` may learn from it.
+        is_learning: Calls are still looked at to write code for the next ones.
+        express: What code that was written for such calls knows of them.
+        strays: How often a call was not like the one that code was written for.
     """
 
     rule: Rule
@@ -127,6 +131,10 @@ class Plan:
     has_callables: bool = False
     is_unchecked: bool = True
     shown: str = ""
+    layout: Layout | None = None
+    is_learning: bool = False
+    express: Any = None
+    strays: int = 0
 
     @property
     def has_jvp(self) -> bool:
@@ -162,12 +170,19 @@ class Plan:
             out, residuals = self._first_forward(entries, leaves, rng)
         else:
             out, residuals = self.call_fwd(entries)
+        outs, new, layout = self.laid_out(out, residuals, leaves)
+        layout.rng = rng if state.draws else None
+        return outs, new, layout
+
+    def laid_out(
+        self, out: Any, residuals: Any, leaves: Sequence[Any]
+    ) -> tuple[Tensors, Tensors, Layout]:
+        """Take apart what fwd gave: the outputs, the new residuals and the layout."""
         outs, outputs = Structure.split(out)
         if outputs.constants and not self.primal:
             contract.refuse_hidden_outputs(self.rule, outputs, leaves)
         tensors, structure = Structure.split(residuals)
         layout, new = lay_out(outputs, outs, structure, tensors, leaves)
-        layout.rng = rng if state.draws else None
         if new and not torch.is_grad_enabled():
             self._refuse_captured(new, leaves)
         return self._own(outs, leaves), new, layout
@@ -175,27 +190,30 @@ class Plan:
     def call_fwd(self, entries: Sequence[Any]) -> tuple[Any, Any]:
         """Run the user's fwd on the user's arguments; return output and residuals."""
         rule, parameters = self.rule, self.signature.parameters
-        if rule.fwd is None or self.primal:
-            try:
-                out = parameters.call(rule.fun, entries)
-            except Exception as error:
-                _note(error, rule, "fun")
-                raise
-            if self.primal:
-                return out, ()
-            if rule.bwd is None:
-                return out, tuple(entries)  # what the jvp rule will be transposed at
-            residuals: Any = (tuple(entries), out)
-        else:
-            extra: dict[str, Any] = {}
-            if rule.fwd_takes_needs:
-                extra["needs"] = self.signature.needs_tree(self.signature.needs)
-            try:
-                returned = parameters.call(rule.fwd, entries, **extra)
-            except Exception as error:
-                _note(error, rule, "fwd")
-                raise
+        is_fun = rule.fwd is None or self.primal
+        extra: dict[str, Any] = {}
+        if rule.fwd_takes_needs and not is_fun:
+            extra["needs"] = self.signature.needs_tree(self.signature.needs)
+        try:
+            function: Any = rule.fun if is_fun else rule.fwd
+            returned = parameters.call(function, entries, **extra)
+        except Exception as error:
+            noted(error, rule, "fun" if is_fun else "fwd")
+            raise
+        return self.parted(entries, returned)
+
+    def parted(self, entries: Sequence[Any], returned: Any) -> tuple[Any, Any]:
+        """Return output and residuals, given what fwd (or fun in its place) gave."""
+        rule, parameters = self.rule, self.signature.parameters
+        residuals: Any
+        if self.primal:
+            return returned, ()
+        if rule.fwd is not None:
             out, residuals = contract.output_and_residuals(rule, returned)
+        elif rule.bwd is None:
+            return returned, tuple(entries)  # what the jvp rule will be transposed at
+        else:
+            out, residuals = returned, (tuple(entries), returned)
         if rule.bwd_takes_self or parameters.nondiff:
             own = entries[:1] if rule.bwd_takes_self else ()
             residuals = (*own, *(entries[i] for i in parameters.nondiff), residuals)
@@ -251,7 +269,7 @@ class Plan:
                     return rule.bwd(*first, residuals, cotangent, **extra)  # type: ignore[misc]
             return rule.bwd(*first, residuals, cotangent, **extra)  # type: ignore[misc]
         except Exception as error:
-            _note(error, rule, "bwd")
+            noted(error, rule, "bwd")
             raise
 
     def jvp(
@@ -297,7 +315,7 @@ class Plan:
             with self.under_autocast():
                 return rule.jvp(*first, given, moved)  # type: ignore[misc]
         except Exception as error:
-            _note(error, rule, "jvp")
+            noted(error, rule, "jvp")
             raise
 
     @contextlib.contextmanager
@@ -393,7 +411,7 @@ def _inside(objects: Iterable[Any]) -> list[torch.Tensor]:
     return [tensor for value in objects for _, tensor in contents.hidden_tensors(value)]
 
 
-def _note(error: Exception, rule: Rule, role: str) -> None:
+def noted(error: Exception, rule: Rule, role: str) -> None:
     """Say on an exception of the user's code whose it is; it goes on as it is."""
     if not isinstance(error, GradtoolsError):
         error.add_note(f"raised in {rule.which(role)} of the rule {rule.where}")

@@ -9,7 +9,7 @@ so that every transform sees them.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -28,12 +28,23 @@ from gradtools.lowering.flat import Lowerable, Optional, Plan, Tensors
 from gradtools.lowering.replay import recorded
 from gradtools.lowering.residuals import Layout
 
-__all__ = ["Composable", "Direct", "named"]
+__all__ = ["Composable", "Direct", "generated", "named"]
 
 
 def named(base: type[Function], name: str) -> type[Function]:
     """Return a subclass whose graph nodes carry the name of a rule."""
     return type(name, (base,), {})
+
+
+def generated(
+    name: str, forward: Callable[..., Any], backward: Callable[..., Any]
+) -> type[Function]:
+    """Return a Direct with a forward and a backward that were written for a pattern."""
+    function = named(Direct, name)
+    function.forward = staticmethod(forward)  # type: ignore[method-assign]
+    function.backward = staticmethod(backward)  # type: ignore[method-assign]
+    torch_compat.call_backward_directly(function)
+    return function
 
 
 class Direct(Function):
@@ -45,6 +56,20 @@ class Direct(Function):
         outs, new, layout = plan.forward(leaves)
         if plan.rule.bwd is None:
             preconditions.jvp_linearity(plan, layout, leaves, outs)
+        if plan.is_learning:
+            plan.layout = layout
+        return Direct.finish(ctx, plan, leaves, outs, new, layout)
+
+    @staticmethod
+    def finish(
+        ctx: Any,
+        plan: Plan,
+        leaves: Sequence[Any],
+        outs: Tensors,
+        new: Tensors,
+        layout: Layout,
+    ) -> Any:
+        """Save what backward will need, and return what ``apply`` returns."""
         ctx.save_for_backward(*layout.pick(leaves, outs, new))
         ctx.set_materialize_grads(plan.rule.materialize_grads)
         ctx.plan, ctx.layout = plan, layout
@@ -60,21 +85,25 @@ class Direct(Function):
     @staticmethod
     @boundary.unseen
     def backward(ctx: Any, *cotangents: Any) -> Any:
+        return None, *Direct.pulled_back(ctx, ctx.needs_input_grad[1:], cotangents)
+
+    @staticmethod
+    def pulled_back(ctx: Any, needs: Sequence[bool], cotangents: Sequence[Any]) -> Any:
+        """Return the cotangents of the leaves."""
         plan, layout, kept = ctx.plan, ctx.layout, ctx.saved_tensors
         given = layout.only_floating(cotangents)
-        needs = ctx.needs_input_grad[1:]
         if torch.is_grad_enabled() or torch_compat.forward_ad_active():
             leaves = None if ctx.inputs is None else ctx.inputs.leaves(kept)
             preconditions.second_order(plan, layout, kept, given, leaves)
             if preconditions.refusal(plan) is not None:
-                return None, *_apart(plan, layout, kept, given, needs, leaves)
+                return _apart(plan, layout, kept, given, needs, leaves)
             plan.first_derived("second order")
             if leaves is not None:
                 kept = higher_order.traced(plan, layout, kept, leaves)
         values = plan.backward(layout, kept, given, needs)
         if not torch_compat.graph_is_kept():
             ctx.inputs = None
-        return None, *values
+        return values
 
 
 class Composable(Function):

@@ -19,10 +19,11 @@ import torch
 
 from gradtools.errors import DefinitionError
 from gradtools.gradcheck.check import Checker
-from gradtools.gradcheck.policy import current_policy
+from gradtools.gradcheck.policy import chosen, current_policy
 from gradtools.gradcheck.report import Report
 from gradtools.lowering import boundary
 from gradtools.lowering.dispatch import Lowered
+from gradtools.lowering.express import ASTRAY
 from gradtools.lowering.flat import Plan
 from gradtools.rules.options import name_of, refuse_options
 from gradtools.rules.rule import Contract, Exact, Rule, VmapMode
@@ -71,6 +72,10 @@ class StatedRule(Generic[P, R]):
         lowered = self._lowered
         if lowered is None:
             lowered = self._lower()
+        if not kwargs:
+            out = lowered.express(args)
+            if out is not ASTRAY:
+                return out
         return lowered(args, kwargs)
 
     def run_entries(self, entries: Sequence[Any]) -> Any:
@@ -108,7 +113,7 @@ class StatedRule(Generic[P, R]):
             self._checker.before_trace(plan, leaves, order)
 
     def _lower(self) -> Lowered:
-        self._lowered = Lowered(self.rule, self._checker, current_policy)
+        self._lowered = Lowered(self.rule, self._checker, current_policy, chosen.get)
         return self._lowered
 
     def _state(self, **parts: Any) -> None:

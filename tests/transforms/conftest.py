@@ -19,15 +19,28 @@ def _marker_rules_are_wrong_on_purpose(unchecked):
 
 @pytest.fixture
 def agree(case):
-    """Compare a composition of transforms on the rule with it on the reference."""
+    """Compare a composition of transforms on the rule with it on the reference.
 
-    def agree(composition, *, reference=None):
+    With ``trodden``, once more when code has been generated for such calls.
+    """
+
+    def agree(composition, *, reference=None, trodden=False):
         expected = (reference or composition)(case.reference, *case.inputs())
         actual = composition(case.rule, *case.inputs())
         assert_close(actual, expected)
+        if trodden:
+            tread(case.rule, case.inputs())
+            assert_close(composition(case.rule, *case.inputs()), expected)
         return actual
 
     return agree
+
+
+def tread(rule, inputs, times=4):
+    """Call a rule, and its bwd, until it has code for such calls."""
+    for _ in range(times):
+        args = [arg.detach().requires_grad_() for arg in inputs]
+        rule(*args).sum().backward()
 
 
 @pytest.fixture

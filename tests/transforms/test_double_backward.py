@@ -14,4 +14,4 @@ def test_double_backward(agree):
             penalty, args, allow_unused=True, materialize_grads=True
         )
 
-    agree(composition)
+    agree(composition, trodden=True)

@@ -23,4 +23,4 @@ def test_dual_numbers_over_backward(agree):
                 for p in pairs
             ]
 
-    agree(composition)
+    agree(composition, trodden=True)

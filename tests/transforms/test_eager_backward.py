@@ -9,4 +9,4 @@ def test_eager_backward(agree):
         weighted(f(*args)).backward()
         return [arg.grad for arg in args]
 
-    agree(composition)
+    agree(composition, trodden=True)

@@ -17,4 +17,4 @@ def test_hvp_by_retained_graph(agree):
             for _ in range(2)
         ]
 
-    agree(composition)
+    agree(composition, trodden=True)

@@ -10,4 +10,4 @@ def test_inference_mode(agree):
             assert out.is_inference()
             return out * 1
 
-    agree(composition)
+    agree(composition, trodden=True)

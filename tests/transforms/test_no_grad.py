@@ -11,4 +11,4 @@ def test_no_grad(agree):
         assert not out.requires_grad
         return out
 
-    agree(composition)
+    agree(composition, trodden=True)

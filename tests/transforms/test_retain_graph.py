@@ -14,4 +14,4 @@ def test_retain_graph(agree):
             for seed in (1, 2)
         ]
 
-    agree(composition)
+    agree(composition, trodden=True)
