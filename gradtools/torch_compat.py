@@ -16,45 +16,24 @@ from torch._C import (
     _functorch,  # pyright: ignore[reportAttributeAccessIssue]
 )
 from torch._functorch import pyfunctorch
-from torch._functorch.vmap import restore_vmap
+from torch._functorch.autograd_function import VmapInfo
+from torch._functorch.utils import enable_single_level_autograd_function
+from torch._functorch.vmap import vmap_increment_nesting
 from torch._subclasses import fake_tensor
 from torch.autograd import forward_ad
+from torch.autograd.function import _SingleLevelFunction
 
 __all__ = [
-    "apply_of",
-    "autocast_devices",
-    "autocast_enabled",
-    "autocast_state",
-    "call_backward_directly",
-    "clean_autograd",
-    "dual_level",
-    "dual_level_announced",
-    "dual_level_holder",
-    "forward_ad_active",
-    "forward_ad_enabled",
-    "graph_is_kept",
-    "has_tangent",
-    "hint",
-    "innermost_level",
-    "is_at_open_level",
-    "is_differentiated",
-    "is_fake",
-    "is_foreign_subclass",
-    "is_view",
-    "is_view_of",
-    "is_wrapped",
-    "keep",
-    "order",
-    "plain",
-    "primal_of",
-    "put_back",
-    "requires_grad_at_any_level",
-    "tangent_of",
-    "transforms_active",
-    "unwrap_if_dead",
-    "unwrapped_to",
-    "vmap_flat",
-]
+    "AtOneLevel", "GradLevel", "VmapLevel", "apply_of", "autocast_devices",
+    "autocast_enabled", "autocast_state", "call_backward_directly", "clean_autograd",
+    "dual_level", "dual_level_announced", "dual_level_holder", "forward_ad_active",
+    "forward_ad_enabled", "graph_is_kept", "has_tangent", "hint", "innermost_level",
+    "innermost_transform", "is_at_open_level", "is_differentiated", "is_fake",
+    "is_foreign_subclass", "is_view", "is_view_of", "is_wrapped", "keep",
+    "only_reverse_and_vmap", "order", "plain", "primal_of", "put_back",
+    "requires_grad_at_any_level", "tangent_of", "transforms_active", "unwrap_if_dead",
+    "unwrapped_to", "vmap_flat",
+]  # fmt: skip
 
 transforms_active: Callable[[], bool] = torch._C._are_functorch_transforms_active
 """Whether any torch.func transform is running in this thread."""
@@ -220,6 +199,84 @@ def order(leaves: Sequence[Any]) -> int:
     return max(len(found), 1)
 
 
+def only_reverse_and_vmap() -> bool:
+    """Whether the running transforms are grad, vjp and vmap alone.
+
+    And no TorchFunctionMode looks on, which would see what happens between them.
+    """
+    return (
+        not forward_ad_active()
+        and torch._C._len_torch_function_stack() == 0
+        and all(i.key() in _REVERSE_AND_VMAP for i in _interpreters() or ())
+    )
+
+
+_REVERSE_AND_VMAP = (_functorch.TransformType.Grad, _functorch.TransformType.Vmap)
+
+AtOneLevel: Any = _SingleLevelFunction
+"""The class of Functions that belong to the innermost transform alone."""
+
+
+class VmapLevel:
+    """The innermost transform, a vmap: what takes batches apart and makes them.
+
+    Args:
+        interpreter: torch's record of it.
+    """
+
+    def __init__(self, interpreter: Any) -> None:
+        self.level = interpreter.level()
+        self.lower = interpreter.lower
+        self.info = VmapInfo(interpreter.batch_size(), interpreter.randomness())
+
+    def unwrap(self, value: Any) -> tuple[Any, int | None]:
+        """Return the whole batch and its dimension, None for what is not batched."""
+        if not isinstance(value, torch.Tensor):
+            return value, None
+        return _functorch._unwrap_batched(value, self.level)
+
+    def wrap(self, tensor: torch.Tensor, dim: int | None) -> torch.Tensor:
+        """Return one element, for all."""
+        if dim is None:
+            return tensor
+        return _functorch._add_batch_dim(tensor, dim, self.level)
+
+
+class GradLevel:
+    """The innermost transform, a grad or vjp: what brings tensors to its level.
+
+    Args:
+        interpreter: torch's record of it.
+    """
+
+    def __init__(self, interpreter: Any) -> None:
+        self.level = interpreter.level()
+        self.lower = interpreter.lower
+        self.lift: Callable[[torch.Tensor], torch.Tensor] = interpreter._cptr.lift
+
+    def unwrap(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Return what the transforms below see of a tensor."""
+        return _functorch._unwrap_for_grad(tensor, self.level)
+
+    def wrap(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Return a tensor of this level."""
+        return _functorch._wrap_for_grad(tensor, self.level)
+
+    def apply(self, function: Any, *args: Any) -> Any:
+        """Apply a Function that belongs to this level alone."""
+        with enable_single_level_autograd_function():
+            return function.apply(*args)
+
+
+def innermost_transform() -> VmapLevel | GradLevel | None:
+    """Return the innermost of the running transforms, a vmap or a grad; None: none."""
+    if not transforms_active():
+        return None
+    interpreter: Any = pyfunctorch.retrieve_current_functorch_interpreter()
+    is_vmap = interpreter.key() == _functorch.TransformType.Vmap
+    return VmapLevel(interpreter) if is_vmap else GradLevel(interpreter)
+
+
 _DIFFERENTIATING = (_functorch.TransformType.Grad, _functorch.TransformType.Jvp)
 
 
@@ -273,11 +330,21 @@ def vmap_flat(
     Unlike ``torch.func.vmap`` it leaves what does not depend on the batch unbatched,
     and says so with a dim of ``None``.
     """
-    vectorized = restore_vmap(function, tuple(in_dims), batch_size, randomness)
 
     def call(*args: Any) -> tuple[Sequence[Any], Sequence[int | None]]:
-        outputs, dims = vectorized(*args)
-        return outputs, dims
+        with vmap_increment_nesting(batch_size, randomness) as level:
+            elements = [
+                arg if dim is None else _functorch._add_batch_dim(arg, dim, level)
+                for arg, dim in zip(args, in_dims, strict=True)
+            ]
+            outputs = function(*elements)
+            pairs = [
+                _functorch._unwrap_batched(output, level)
+                if isinstance(output, torch.Tensor)
+                else (output, None)
+                for output in outputs
+            ]
+        return [value for value, _ in pairs], [dim for _, dim in pairs]
 
     return call
 

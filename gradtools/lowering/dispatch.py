@@ -74,7 +74,6 @@ class Lowered:
         self.policy = policy
         self.chosen = chosen
         self.direct = functions.named(functions.Direct, rule.name)
-        self.composable = functions.named(functions.Composable, rule.name)
         self.plans: dict[Hashable, Plan] = {}
         self.states: dict[Hashable, State] = {}
         self.codes: dict[express.Pattern, express.Code] = {}
@@ -135,10 +134,10 @@ class Lowered:
         plan = self.plan(leaves, spec, entries, needs, moving, order)
         if plan.state.watched and self.owes(leaves):
             plan.state.watched.clear()  # look for captured tensors again
-        function = self.composable if transformed else self.direct
-        returned = function.apply(plan, *leaves)
-        if not transformed:
-            self.learn(plan, leaves, entries)
+        if transformed:
+            return express.unpacked(functions.composed(plan, leaves))
+        returned = self.direct.apply(plan, *leaves)
+        self.learn(plan, leaves, entries)
         return express.unpacked(returned)
 
     def learn(self, plan: Plan, leaves: Sequence[Any], entries: Sequence[Any]) -> None:
@@ -190,7 +189,7 @@ class Lowered:
                 checks=self.checks,
                 primal=True,
             )
-            *tensors, layout = self.composable.apply(plan, *leaves)
+            *tensors, layout = functions.composed(plan, leaves)
             return layout.outputs.rebuild(tensors)
         values = leaves
         if spec is not None:

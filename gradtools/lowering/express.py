@@ -199,6 +199,7 @@ _NAMES: dict[str, Any] = {
     "dual": torch_compat.dual_level_holder,
     "moment": moment,
     "grad_enabled": torch.is_grad_enabled,
+    "graph_is_kept": torch_compat.graph_is_kept,
     "note": noted,
     "unpacked": unpacked,
     "fitted": _fitted,

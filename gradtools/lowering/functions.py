@@ -28,7 +28,7 @@ from gradtools.lowering.flat import Lowerable, Optional, Plan, Tensors
 from gradtools.lowering.replay import recorded
 from gradtools.lowering.residuals import Layout
 
-__all__ = ["Composable", "Direct", "generated", "named"]
+__all__ = ["Composable", "Direct", "composed", "generated", "named"]
 
 
 def named(base: type[Function], name: str) -> type[Function]:
@@ -152,8 +152,12 @@ class Composable(Function):
     @staticmethod
     @boundary.unseen
     def backward(ctx: Any, *cotangents: Any) -> Any:
+        return None, *Composable.pulled_back(ctx, ctx.needs_input_grad[1:], cotangents)
+
+    @staticmethod
+    def pulled_back(ctx: Any, needs: Sequence[bool], cotangents: Sequence[Any]) -> Any:
+        """Return the cotangents of the leaves."""
         plan, layout, kept = ctx.plan, ctx.layout, ctx.saved_tensors
-        needs = ctx.needs_input_grad[1:]
         given = layout.only_floating(cotangents)
         extra = cotangents[layout.outputs.count : -1]
         refused = preconditions.refusal(plan) is not None
@@ -182,7 +186,7 @@ class Composable(Function):
                     plan, layout, leaves, extra, needs
                 )
                 values = [_sum(a, b) for a, b in zip(values, more, strict=True)]
-        return None, *values
+        return values
 
     @staticmethod
     @boundary.unseen
@@ -218,6 +222,60 @@ class Composable(Function):
         return (*tensors, layout.inner), (*layout.out_dims, *layout.new_dims, None)
 
 
+class OneLevel(torch_compat.AtOneLevel):
+    """The part of a Composable that belongs to one grad or vjp of torch.func."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, plan: Lowerable, level: torch_compat.GradLevel, *leaves: Any
+    ) -> Any:
+        inner = (
+            x if not isinstance(x, torch.Tensor) else level.unwrap(x) for x in leaves
+        )
+        with torch.enable_grad(), level.lower():
+            *tensors, layout = _through_levels(plan, tuple(inner))
+        returned = (*map(level.wrap, tensors), layout)
+        Composable.setup_context(ctx, (plan, *leaves), returned)
+        return returned
+
+    @staticmethod
+    @boundary.unseen
+    def backward(ctx: Any, *cotangents: Any) -> Any:
+        needs = ctx.needs_input_grad[2:]
+        return None, None, *Composable.pulled_back(ctx, needs, cotangents)
+
+
+def composed(plan: Lowerable, leaves: Sequence[Any]) -> Any:
+    """Apply a Composable, by a shorter way than torch's where there is one.
+
+    Under torch.func ``apply`` makes a class per call and level, and takes pytrees apart
+    a dozen times: two thirds of the time of a small call.
+    """
+    if torch_compat.only_reverse_and_vmap():
+        return _through_levels(plan, [_alive(leaf) for leaf in leaves])
+    return Composable.apply(plan, *leaves)
+
+
+def _through_levels(plan: Lowerable, leaves: Sequence[Any]) -> Any:
+    level = torch_compat.innermost_transform()
+    if level is None:
+        if any(isinstance(x, torch.Tensor) and x.requires_grad for x in leaves):
+            return Composable.apply(plan, *leaves)
+        with torch.no_grad():
+            return Composable.forward(plan, *leaves)
+    if isinstance(level, torch_compat.GradLevel):
+        lifted = [level.lift(x) if isinstance(x, torch.Tensor) else x for x in leaves]
+        return level.apply(OneLevel, plan, level, *lifted)
+    values, dims = zip(*map(level.unwrap, leaves), strict=True)
+    with level.lower():
+        if all(dim is None for dim in dims):
+            return _through_levels(plan, leaves)
+        batched = batching.batch(plan, dims, level.info)
+        *tensors, layout = _through_levels(batched, values)
+    dims = (*layout.out_dims, *layout.new_dims)
+    return *map(level.wrap, tensors, dims), layout.inner
+
+
 def _apart(
     plan: Lowerable,
     layout: Layout,
@@ -227,8 +285,8 @@ def _apart(
     leaves: Sequence[Any] | None = None,
 ) -> Optional:
     """Run bwd as a Function of its own."""
-    *values, returned = Composable.apply(
-        BackwardPlan(plan, layout, needs), *kept, *given, *(leaves or ())
+    *values, returned = composed(
+        BackwardPlan(plan, layout, needs), (*kept, *given, *(leaves or ()))
     )
     return returned.outputs.rebuild(values)
 
@@ -252,6 +310,12 @@ def _parted(layout: Layout, tensors: Sequence[Any]) -> tuple[Tensors, Tensors]:
 
 def _filled(tensors: Sequence[Any], constants: Sequence[Any]) -> list[Any]:
     return [c if t is None else t for t, c in zip(tensors, constants, strict=True)]
+
+
+def _alive(leaf: Any) -> Any:
+    """Unwrap a tensor of a transform that is over, such as what a pullback has kept."""
+    is_tensor = isinstance(leaf, torch.Tensor)
+    return torch_compat.unwrap_if_dead(leaf) if is_tensor else leaf
 
 
 def _sum(a: torch.Tensor | None, b: torch.Tensor | None) -> torch.Tensor | None:

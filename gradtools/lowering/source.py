@@ -343,6 +343,9 @@ def _backward(pattern: Pattern) -> Lines:
     yield "    except Exception as error:"
     yield "        note(error, rule, 'bwd')"
     yield "        raise"
+    if pattern.inputs in ("apart", "ends"):
+        yield "    if not graph_is_kept():"
+        yield "        ctx.inputs = None"
     yield from indented(_fitted(pattern))
     yield ""
 

@@ -18,9 +18,7 @@ from typing import (
 import torch
 
 from gradtools.errors import DefinitionError
-from gradtools.gradcheck.check import Checker
 from gradtools.gradcheck.policy import chosen, current_policy
-from gradtools.gradcheck.report import Report
 from gradtools.lowering import boundary
 from gradtools.lowering.dispatch import Lowered
 from gradtools.lowering.express import ASTRAY
@@ -28,6 +26,10 @@ from gradtools.lowering.flat import Plan
 from gradtools.rules.options import name_of, refuse_options
 from gradtools.rules.rule import Contract, Exact, Rule, VmapMode
 from gradtools.rules.signature import Parameters
+
+if TYPE_CHECKING:
+    from gradtools.gradcheck.check import Checker
+    from gradtools.gradcheck.report import Report
 
 __all__ = ["BoundRule", "CustomVJP", "StatedRule", "custom_vjp"]
 
@@ -62,16 +64,14 @@ class StatedRule(Generic[P, R]):
         self.key = boundary.register(self)
         self.reads: Sequence[Any] = ()  # for torch.compile; see lowering.boundary
         self.names: Sequence[str] = ()
-        self._checker = Checker()
+        self._checker: Checker | None = None
         self._lowered: Lowered | None = None
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         """Call the function."""
         if boundary.is_tracing():
             return boundary.call(self, args, kwargs)
-        lowered = self._lowered
-        if lowered is None:
-            lowered = self._lower()
+        lowered = self._lowered or self._lower()
         if not kwargs:
             out = lowered.express(args)
             if out is not ASTRAY:
@@ -107,13 +107,23 @@ class StatedRule(Generic[P, R]):
         """
         lowered = self._lowered or self._lower()
         if entries is None:
-            self._checker.before_blind_trace(self.rule, current_policy())
+            self.checker.before_blind_trace(self.rule, current_policy())
         else:
             plan, leaves = lowered.plan_for_trace(entries, wants)
-            self._checker.before_trace(plan, leaves, order)
+            self.checker.before_trace(plan, leaves, order)
+
+    @property
+    def checker(self) -> Checker:
+        """What decides when the rule is checked, and keeps what was found."""
+        if self._checker is None:
+            # Two thirds of gradtools: whoever imports it may never call a rule.
+            from gradtools.gradcheck.check import Checker
+
+            self._checker = Checker()
+        return self._checker
 
     def _lower(self) -> Lowered:
-        self._lowered = Lowered(self.rule, self._checker, current_policy, chosen.get)
+        self._lowered = Lowered(self.rule, self.checker, current_policy, chosen.get)
         return self._lowered
 
     def _state(self, **parts: Any) -> None:
@@ -127,7 +137,7 @@ class StatedRule(Generic[P, R]):
                     f"@{self.rule.name}.def_{role.removesuffix('_rule')}.",
                 )
         self.rule = dataclasses.replace(self.rule, **parts)
-        self._checker = Checker()
+        self._checker = None
         self._lowered = None
 
     def def_jvp(self, jvp: F) -> F:
@@ -168,12 +178,12 @@ class StatedRule(Generic[P, R]):
         Raises:
             GradientMismatchError: The rule is not what its contract claims.
         """
-        return self._checker.check_in_full(*self.plan_for_check(args, kwargs))
+        return self.checker.check_in_full(*self.plan_for_check(args, kwargs))
 
     @property
     def reports(self) -> tuple[Report, ...]:
         """What has been checked so far, one report per signature."""
-        return tuple(self._checker.reports.values())
+        return () if self._checker is None else tuple(self._checker.reports.values())
 
     # As a method.
 

@@ -255,3 +255,17 @@ def test_residuals_are_freed_by_backward_while_the_output_lives():
     assert before - alive.bytes() == x.nbytes  # s; x is the caller's, out is ours
     with pytest.raises(RuntimeError, match="second time"):
         loss.backward()
+
+
+@pytest.mark.parametrize("calls", [0, 5], ids=["first call", "generated code"])
+def test_inputs_are_freed_by_backward_while_the_output_lives(calls):
+    rule = sigmoid_rule()
+    for _ in range(calls):
+        rule(torch.randn(64, requires_grad=True)).sum().backward()
+    source = torch.randn(64, requires_grad=True)
+    with Alive() as alive:
+        out = rule(source * 1)  # bwd does not read it, and nobody else holds it
+        loss = out.sum()
+    before = alive.bytes()
+    loss.backward()
+    assert before - alive.bytes() == 2 * source.nbytes  # the input and the slope
