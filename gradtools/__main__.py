@@ -34,7 +34,8 @@ from typing import Any
 
 from gradtools.errors import GradtoolsError
 from gradtools.gradcheck.report import Evidence, Outcome, Report, write_page
-from gradtools.rules.custom_vjp import BoundRule, StatedRule
+from gradtools.rules.custom_vjp import StatedRule
+from gradtools.rules.methods import BoundRule
 
 __all__ = ["main"]
 

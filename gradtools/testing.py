@@ -17,7 +17,8 @@ from gradtools.gradcheck.check import check_now
 from gradtools.gradcheck.report import Capability, Report
 from gradtools.gradcheck.transforms import check_transforms, flattened, weighted
 from gradtools.lowering.forward_mode import pulled_back
-from gradtools.rules.custom_vjp import BoundRule, StatedRule, custom_vjp
+from gradtools.rules.custom_vjp import StatedRule, custom_vjp
+from gradtools.rules.methods import BoundRule
 from gradtools.rules.rule import Exact
 from gradtools.rules.signature import is_differentiable
 

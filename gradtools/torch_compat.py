@@ -26,10 +26,10 @@ from torch.autograd.function import _SingleLevelFunction
 __all__ = [
     "AtOneLevel", "GradLevel", "VmapLevel", "apply_of", "autocast_devices",
     "autocast_enabled", "autocast_state", "call_backward_directly", "clean_autograd",
-    "dual_level", "dual_level_announced", "dual_level_holder", "forward_ad_active",
-    "forward_ad_enabled", "graph_is_kept", "has_tangent", "hint", "innermost_level",
-    "innermost_transform", "is_at_open_level", "is_differentiated", "is_fake",
-    "is_foreign_subclass", "is_view", "is_view_of", "is_wrapped", "keep",
+    "dual_level", "dual_level_announced", "dual_level_holder", "fake_tensors",
+    "forward_ad_active", "forward_ad_enabled", "graph_is_kept", "has_tangent", "hint",
+    "innermost_level", "innermost_transform", "is_at_open_level", "is_differentiated",
+    "is_fake", "is_foreign_subclass", "is_view", "is_view_of", "is_wrapped", "keep",
     "only_reverse_and_vmap", "order", "plain", "primal_of", "put_back",
     "requires_grad_at_any_level", "tangent_of", "transforms_active", "unwrap_if_dead",
     "unwrapped_to", "vmap_flat",
@@ -218,11 +218,7 @@ AtOneLevel: Any = _SingleLevelFunction
 
 
 class VmapLevel:
-    """The innermost transform, a vmap: what takes batches apart and makes them.
-
-    Args:
-        interpreter: torch's record of it.
-    """
+    """The innermost transform, a vmap: what takes batches apart and makes them."""
 
     def __init__(self, interpreter: Any) -> None:
         self.level = interpreter.level()
@@ -243,11 +239,7 @@ class VmapLevel:
 
 
 class GradLevel:
-    """The innermost transform, a grad or vjp: what brings tensors to its level.
-
-    Args:
-        interpreter: torch's record of it.
-    """
+    """The innermost transform, a grad or vjp: what brings tensors to its level."""
 
     def __init__(self, interpreter: Any) -> None:
         self.level = interpreter.level()
@@ -295,6 +287,19 @@ def hint(size: Any) -> Any:
 
 is_fake: Callable[[torch.Tensor], bool] = fake_tensor.is_fake
 """Whether a tensor, under all its wrappers, stands for another one in a trace."""
+
+
+@contextlib.contextmanager
+def fake_tensors() -> Iterator[Callable[[Any], Any]]:
+    """Compute with shapes alone; gives the function that makes such tensors."""
+
+    def fake(leaf: Any) -> Any:
+        if not isinstance(leaf, torch.Tensor):
+            return leaf
+        return torch.empty(leaf.shape, dtype=leaf.dtype, device=leaf.device)
+
+    with fake_tensor.FakeTensorMode(), torch.no_grad():
+        yield fake
 
 
 def is_foreign_subclass(tensor: torch.Tensor) -> bool:

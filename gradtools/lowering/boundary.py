@@ -1,8 +1,9 @@
-"""torch.compile: the only module that knows of it.
+"""torch.compile: with :mod:`.dynamo` the only module that knows of it.
 
 Dynamo traces a rule in one of two ways. With no transform active, and a backend that
-goes through AOT autograd, it follows :class:`Traced` into fwd and bwd, guards on all
-that they read, and drops nothing. Where a torch.func transform or a forward-mode level
+goes through AOT autograd, it follows a Function into fwd and bwd, guards on all that
+they read, and drops nothing: one that was written for the call (:mod:`.traced`), or
+else :class:`Traced`. Where a torch.func transform or a forward-mode level
 is active it would drop bwd without a sign; and a backend that runs Dynamo's graph as it
 is would differentiate bwd without the residuals. There the rule crosses as one opaque
 call (``nonstrict_trace``), and everything happens as in eager mode when AOT autograd,
@@ -24,7 +25,6 @@ import gc
 import itertools
 import sys
 import types
-import warnings
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, ParamSpec, Protocol, TypeVar
@@ -33,8 +33,18 @@ import torch
 from torch.autograd import Function
 
 from gradtools import torch_compat, trees
-from gradtools.errors import GradtoolsError
 from gradtools.lowering import free_variables
+from gradtools.lowering.dynamo import (
+    Known,
+    Unknown,
+    at_trace_time,
+    check,
+    is_exporting,
+    is_moving,
+    level_is_outside,
+    must_cross,
+    warn_of_export,
+)
 from gradtools.lowering.flat import Plan
 from gradtools.lowering.residuals import Layout
 from gradtools.lowering.state import State
@@ -87,9 +97,20 @@ class Crossable(Protocol):
     rule: Rule
     reads: Sequence[free_variables.Path]
     names: Sequence[str]
+    written: Any
 
     def run_entries(self, entries: Sequence[Any]) -> Any:
         """Call the rule in eager mode, with bound arguments."""
+        ...
+
+    def write_for_trace(
+        self,
+        entries: tuple[Any, ...],
+        wants: Callable[[Any], bool],
+        binding: Sequence[str],
+        otherwise: Callable[[], None],
+    ) -> str:
+        """Write code for a call; return its name, or nothing where that cannot be."""
         ...
 
     def before_trace(
@@ -113,30 +134,26 @@ def register(rule: Crossable) -> str:
     return key
 
 
-def at_trace_time(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Have Dynamo run a function while it traces, and take its result as a constant.
-
-    This is ``torch.compiler.assume_constant_result`` without its import of Dynamo.
-    """
-    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
-    return function
-
-
 def call(target: Crossable, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Call a rule while Dynamo traces."""
     rule = target.rule
+    name = "" if torch_compat.dual_level() >= 0 else _written(target.key)
+    if name == "fun":
+        return rule.fun(*args, **kwargs)
+    if name:
+        return getattr(target.written, name)(args, kwargs)
     entries = rule.parameters.bind(args, kwargs)
     leaves, spec = flatten_entries(entries)
-    if _is_exporting():
+    if is_exporting():
         if _needs_gradient(leaves):
-            _warn_of_export(rule.name)
+            warn_of_export(rule.name)
         return rule.parameters.call(rule.fun, entries)
     # Dynamo guards on the level that it reads itself, and compiles anew under another.
-    moving = _is_moving() or torch_compat.dual_level() >= 0
-    if moving and _level_is_outside():
+    moving = is_moving() or torch_compat.dual_level() >= 0
+    if moving and level_is_outside():
         _prepare(target.key)
         return _outside(target, entries)
-    if rule.bwd is None or moving or _must_cross():
+    if rule.bwd is None or moving or must_cross():
         _before_trace(target.key, True)
         return _cross(target, entries, leaves, moving)
     if not _needs_gradient(leaves):
@@ -185,134 +202,67 @@ _STATE = State(watched={"fwd", "bwd"})
 @at_trace_time
 def _before_trace(key: str, transformed: bool) -> None:
     """Let the check run on what Dynamo knows of the arguments."""
-    from torch._dynamo.exc import ShortenTraceback
-    from torch._dynamo.symbolic_convert import InstructionTranslator
-
-    frame: Any = InstructionTranslator.current_tx().output.current_tx
-    while frame.f_code is not _code_of_call:
-        frame = frame.parent
-    wanting: list[torch.Tensor] = []
-    examples: list[torch.Tensor] = []
+    known = Known(call.__code__)
     try:
-        entries = _stand_in(frame.symbolic_locals["entries"], wanting, examples)
-    except _Unknown:
+        entries = known.stand_in("entries")
+    except Unknown:
         entries = None
-
-    def wants(leaf: Any) -> bool:
-        return isinstance(leaf, torch.Tensor) and (
-            leaf.requires_grad or any(leaf is tensor for tensor in wanting)
-        )
-
-    try:
-        order = torch_compat.order(examples)
-        _registry[key].before_trace(entries, None if transformed else wants, order)
-    except GradtoolsError as error:
-        # Dynamo lets some of its own exceptions through; of all others it makes a
-        # report of an internal error.
-        both: Any = type(type(error).__name__, (type(error), ShortenTraceback), {})
-        wrapped = both.__new__(both, *error.args)
-        wrapped.__dict__.update(error.__dict__, **_SHORT)
-        raise wrapped from None
+    check(_registry[key], entries, None if transformed else known.wants, known)
 
 
-_SHORT = {"first_useful_frame": None, "frame_exec_strategy": None}
-_code_of_call = call.__code__
+@at_trace_time
+def _written(key: str) -> str:
+    """Have code written for this call; return the attribute that holds it.
 
-
-class _Unknown(Exception):  # noqa: N818 (caught above)
-    """Dynamo holds a value that has no likeness outside of a trace."""
-
-
-def _stand_in(
-    variable: Any, wanting: list[torch.Tensor], examples: list[torch.Tensor]
-) -> Any:
-    """Return what a variable of Dynamo's stands for, tensors without their values.
-
-    Those that need a gradient are added to ``wanting``, Dynamo's to ``examples``.
+    Returns:
+        The attribute; "fun" where no gradient is wanted; nothing where the rule must
+        cross, or no code can be written.
     """
-    variable = variable.realize()
-    proxy = getattr(variable, "proxy", None)
-    if proxy is not None and "example_value" in proxy.node.meta:
-        example = proxy.node.meta["example_value"]
-        if not isinstance(example, torch.Tensor):
-            return torch_compat.hint(example)
-        examples.append(example)
-        shape = [torch_compat.hint(size) for size in example.shape]
-        one = torch.empty((), dtype=example.dtype, device=example.device)
-        tensor = one.expand(shape)  # no memory for what has no values
-        if example.requires_grad:
-            wanting.append(tensor)
-        return tensor
-    if variable.is_python_constant():
-        return variable.as_python_constant()
-    items = getattr(variable, "items", None)
-    if isinstance(items, list):
-        kind = variable.python_type()
-        values = [_stand_in(item, wanting, examples) for item in items]
-        return kind(*values) if hasattr(kind, "_fields") else kind(values)
-    if isinstance(items, dict):
-        pairs = [(key.vt.as_python_constant(), item) for key, item in items.items()]
-        return {key: _stand_in(item, wanting, examples) for key, item in pairs}
-    for name in ("value", "fn"):
-        if hasattr(variable, name) and variable.source is not None:
-            return getattr(variable, name)
-    raise _Unknown  # made in the trace: there is nothing outside yet
+    target = _registry[key]
+    parameters = target.rule.parameters
+    if (
+        target.written.is_closed
+        or target.rule.bwd is None
+        or torch.compiler.is_exporting()
+        or torch_compat.forward_ad_active()
+        or must_cross()
+    ):
+        return ""
+    known = Known(call.__code__)
+    try:
+        args, kwargs = known.stand_in("args"), known.stand_in("kwargs")
+        entries = parameters.bind(args, kwargs)
+    except (Unknown, TypeError):
+        return ""
+    if not (torch.is_grad_enabled() and known.wanting):
+        return "fun"
+    check(target, entries, known.wants, known)
+    places = (f"args[{index}]" for index in range(len(args)))
+    by_name = {name: _Place(f"kwargs[{name!r}]") for name in kwargs}
+    bound = parameters.bind(tuple(map(_Place, places)), by_name)
+    if not all(isinstance(x, (_Place, bool, int, str, type(None))) for x in bound):
+        return ""  # a default that has no text
+    binding = [x if isinstance(x, _Place) else repr(x) for x in bound]
+    return target.write_for_trace(entries, known.wants, binding, _otherwise(target))
 
 
-@at_trace_time
-def _must_cross() -> bool:
-    """Whether Dynamo's own treatment of a Function would be wrong."""
-    return torch_compat.transforms_active() or not _goes_through_aot()
+class _Place(str):
+    """Text for where an argument is found."""
 
 
-@at_trace_time
-def _level_is_outside() -> bool:
-    """Whether AOT autograd would compile without the tangents that will come in."""
-    from torch._dynamo.symbolic_convert import InstructionTranslator
+def _otherwise(target: Crossable) -> Callable[[], None]:
+    """Return what starts a trace anew, by the general way."""
 
-    graphs = [
-        tracer.graph for tracer in InstructionTranslator.current_tx().output.tracers
-    ]
-    opened = (
-        "_enter_dual_level" in str(node.target) for g in graphs for node in g.nodes
-    )
-    return _goes_through_aot() and not any(opened)
+    @at_trace_time
+    def otherwise() -> None:
+        from torch._dynamo import exc
 
-
-def _goes_through_aot() -> bool:
-    """Whether the backend of the running trace hands its graph to AOT autograd."""
-    from torch._dynamo.backends.common import AotAutograd
-    from torch._dynamo.symbolic_convert import InstructionTranslator
-
-    backend: Any = InstructionTranslator.current_tx().output.compiler_fn
-    while backend is not None:
-        name = getattr(backend, "__name__", None) or type(backend).__name__
-        if name.startswith("aot_") or "Inductor" in name or name in _AOT_BACKENDS:
-            return True
-        if isinstance(backend, AotAutograd):
-            return True
-        backend = getattr(backend, "_torchdynamo_orig_backend", None) or getattr(
-            backend, "compiler_fn", None
+        target.written.is_closed = True
+        raise exc.UnspecializeRestartAnalysis(
+            restart_reason="gradtools: fwd or bwd went otherwise"
         )
-    return False
 
-
-_AOT_BACKENDS = frozenset({"inductor", "cudagraphs", "openxla"})
-
-
-@at_trace_time
-def _is_exporting() -> bool:
-    """Whether torch.export traces (torch 2.11 answers True to traced code, always)."""
-    return torch.compiler.is_exporting()
-
-
-@at_trace_time
-def _warn_of_export(name: str) -> None:
-    warnings.warn(
-        f"torch.export keeps the forward of the rule {name} only: what is exported has "
-        "the derivative of its function, not of the rule (pytorch#106388)",
-        stacklevel=2,
-    )
+    return otherwise
 
 
 # The crossing.
@@ -394,12 +344,6 @@ def _identity(leaf: Any) -> int:
 def _constant_id(leaf: Any) -> int:
     """Return the identity of a function that torch 2.11 will not give us."""
     return id(leaf)
-
-
-@at_trace_time
-def _is_moving() -> bool:
-    """Whether forward mode is active where the rule is called."""
-    return torch_compat.forward_ad_active()
 
 
 def _other_side(

@@ -20,6 +20,7 @@ from gradtools.lowering.free_variables import (
 
 __all__ = [
     "PLAIN",
+    "WITHOUT_TENSORS",
     "hidden_numbers",
     "hidden_tensors",
     "modules_within",
@@ -63,18 +64,18 @@ def _reachable(
     if isinstance(value, kinds):
         yield path, value
         return
-    if depth == 0 or id(value) in seen or isinstance(value, _WITHOUT_TENSORS):
+    if depth == 0 or id(value) in seen or isinstance(value, WITHOUT_TENSORS):
         return
     seen.add(id(value))
     for key, child in _parts(value):
         yield from _reachable(child, path + key, depth - 1, seen, kinds)
 
 
-_WITHOUT_TENSORS = (
+WITHOUT_TENSORS = (
     type(None), bool, int, float, complex, str, bytes, type, types.ModuleType,
     torch.dtype, torch.device, torch.Size,
 )  # fmt: skip
-PLAIN = (torch.Tensor, *_WITHOUT_TENSORS)
+PLAIN = (torch.Tensor, *WITHOUT_TENSORS)
 
 
 def _parts(value: Any) -> Iterable[tuple[str, Any]]:
@@ -139,7 +140,7 @@ def tensors_used(
     if isinstance(value, torch.Tensor):
         yield value
         return
-    if depth == 0 or isinstance(value, _WITHOUT_TENSORS):
+    if depth == 0 or isinstance(value, WITHOUT_TENSORS):
         return
     if isinstance(value, torch.nn.Module):
         parts = _named_parts(value, names)

@@ -99,6 +99,18 @@ class Lowered:
             or self.rule.autocast
         ):
             return self.rule.fun(*args, **kwargs)
+        if not (
+            torch_compat.transforms_active()
+            or torch_compat.forward_ad_active()
+            or self.rule.autocast
+            or _may_need_gradient(args)
+            or _may_need_gradient(kwargs.values())
+        ):
+            out = self.rule.fun(*args, **kwargs)
+            if _may_need_gradient((out,)):
+                entries = self.rule.parameters.bind(args, kwargs)
+                self.refuse_derivative(out, flatten_entries(entries)[0])
+            return out
         entries = self.rule.parameters.bind(args, kwargs)
         if len(entries) != len(args):  # else express was asked already
             out = self.express(entries)
@@ -361,6 +373,23 @@ def wanted(leaves: Sequence[Any], transformed: bool, moving: bool) -> tuple[bool
         and (moving or torch_compat.requires_grad_at_any_level(leaf))
         for leaf in leaves
     )
+
+
+def _may_need_gradient(values: Iterable[Any]) -> bool:
+    """Whether a tensor among these needs a gradient; True of what only pytree knows."""
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            if value.requires_grad:
+                return True
+        elif type(value) in (tuple, list):
+            if _may_need_gradient(value):
+                return True
+        elif type(value) is dict:
+            if _may_need_gradient(value.values()):
+                return True
+        elif not isinstance(value, contents.WITHOUT_TENSORS):
+            return True
+    return False
 
 
 def _devices(leaves: Iterable[Any]) -> list[str]:

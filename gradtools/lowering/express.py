@@ -169,7 +169,7 @@ def _general_backward(express: Express, ctx: Any, cotangents: Sequence[Any]) -> 
     return tuple(functions.Direct.pulled_back(ctx, ctx.needs_input_grad, cotangents))
 
 
-def _fitted(express: Express, returned: Any) -> Any:
+def _refitted(express: Express, returned: Any) -> Any:
     """Return one cotangent per leaf from a return of bwd that is put another way."""
     plan = express.plan
     return tuple(contract.cotangents(plan.rule, plan.signature, returned))
@@ -202,7 +202,7 @@ _NAMES: dict[str, Any] = {
     "graph_is_kept": torch_compat.graph_is_kept,
     "note": noted,
     "unpacked": unpacked,
-    "fitted": _fitted,
+    "refitted": _refitted,
     "general_forward": _general_forward,
     "general_backward": _general_backward,
 }

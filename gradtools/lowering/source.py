@@ -29,7 +29,7 @@ from gradtools.lowering.text import (
 )
 from gradtools.trees import Outline
 
-__all__ = ["Pattern", "write"]
+__all__ = ["Pattern", "arguments", "fitted", "write"]
 
 
 class Pattern(NamedTuple):
@@ -205,26 +205,26 @@ def _call(pattern: Pattern) -> Lines:
     yield ""
 
 
-def _arguments(pattern: Pattern, needs: str) -> str:
+def arguments(pattern: Pattern) -> str:
     """Return the text of the arguments with which fun or fwd is called."""
     given = [put(child, numbered("a")) for child in pattern.arguments.children]
     if pattern.keywords:
         split = len(given) - pattern.keywords
         named = zip(pattern.names[split:], given[split:], strict=True)
         given = [*given[:split], *(f"{name}={value}" for name, value in named)]
-    return ", ".join([*given, *([f"needs={needs}"] if needs else [])])
+    if pattern.fwd_takes_needs:
+        needs = put(pattern.arguments, lambda number: str(pattern.needs[number]))
+        given.append(f"needs={needs}")
+    return ", ".join(given)
 
 
 def _forward(pattern: Pattern) -> Lines:
     leaves = _leaves(pattern)
     stray = f"return general_forward(express, ctx, {leaves}, returned)"
     role = "fwd" if pattern.has_fwd else "fun"
-    needs = ""
-    if pattern.fwd_takes_needs:
-        needs = put(pattern.arguments, lambda number: str(pattern.needs[number]))
     yield f"def forward(ctx, {leaves[1:-1]}):"
     yield "    try:"
-    yield f"        returned = {role}({_arguments(pattern, needs)})"
+    yield f"        returned = {role}({arguments(pattern)})"
     yield "    except Exception as error:"
     yield f"        note(error, rule, {role!r})"
     yield "        raise"
@@ -329,30 +329,34 @@ def _backward(pattern: Pattern) -> Lines:
         yield f"    {row(constants)} = ctx.constants"
     residuals = pattern.residuals
     parts = residuals.children if pattern.nondiff else [residuals]
-    arguments = [put(part, where.__getitem__) for part in parts]
+    passed = [put(part, where.__getitem__) for part in parts]
     cotangents = [
         f"g{i}" if able else "None" for i, able in enumerate(pattern.floating)
     ]
-    arguments.append(put(pattern.outputs, cotangents.__getitem__))
+    passed.append(put(pattern.outputs, cotangents.__getitem__))
     if pattern.bwd_takes_needs:
         needs = [f"n{index}" for index in range(len(pattern.needs))]
         yield f"    {row(needs)} = ctx.needs_input_grad"
-        arguments.append("needs=" + put(pattern.arguments, numbered("n")))
+        passed.append("needs=" + put(pattern.arguments, numbered("n")))
     yield "    try:"
-    yield f"        returned = bwd({', '.join(arguments)})"
+    yield f"        returned = bwd({', '.join(passed)})"
     yield "    except Exception as error:"
     yield "        note(error, rule, 'bwd')"
     yield "        raise"
     if pattern.inputs in ("apart", "ends"):
         yield "    if not graph_is_kept():"
         yield "        ctx.inputs = None"
-    yield from indented(_fitted(pattern))
+    yield from indented(fitted(pattern, "return refitted(express, returned)"))
     yield ""
 
 
-def _fitted(pattern: Pattern) -> Lines:
-    """Verify what bwd returned, and return it flat."""
-    wrong = "return fitted(express, returned)"
+def fitted(pattern: Pattern, wrong: str) -> Lines:
+    """Verify what bwd returned, and return it flat.
+
+    Args:
+        pattern: What the call looks like.
+        wrong: What to do where the return is put in another way.
+    """
     children = {
         f"t{index}": child
         for index, child in enumerate(pattern.arguments.children)

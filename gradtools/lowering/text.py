@@ -95,7 +95,7 @@ def taken(
     ]
     tests = [f"type({value}) is not {kind}"]
     if outline.kind is dict and not optional:  # whoever walks over it sees the order
-        tests.append(f"tuple({value}) != {outline.keys!r}")
+        tests.append(f"list({value}.keys()) != {list(outline.keys)!r}")
     else:
         tests.append(f"len({value}) != {count}")
         tests += [f"{key!r} not in {value}" for key in outline.keys]

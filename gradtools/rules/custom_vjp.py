@@ -23,6 +23,8 @@ from gradtools.lowering import boundary
 from gradtools.lowering.dispatch import Lowered
 from gradtools.lowering.express import ASTRAY
 from gradtools.lowering.flat import Plan
+from gradtools.lowering.traced import Written
+from gradtools.rules.methods import BoundRule, Method
 from gradtools.rules.options import name_of, refuse_options
 from gradtools.rules.rule import Contract, Exact, Rule, VmapMode
 from gradtools.rules.signature import Parameters
@@ -31,7 +33,7 @@ if TYPE_CHECKING:
     from gradtools.gradcheck.check import Checker
     from gradtools.gradcheck.report import Report
 
-__all__ = ["BoundRule", "CustomVJP", "StatedRule", "custom_vjp"]
+__all__ = ["CustomVJP", "StatedRule", "custom_vjp"]
 
 P = ParamSpec("P")
 Q = ParamSpec("Q")
@@ -53,6 +55,7 @@ class StatedRule(Generic[P, R]):
         "names",
         "reads",
         "rule",
+        "written",
     )
 
     __qualname__: str
@@ -64,6 +67,7 @@ class StatedRule(Generic[P, R]):
         self.key = boundary.register(self)
         self.reads: Sequence[Any] = ()  # for torch.compile; see lowering.boundary
         self.names: Sequence[str] = ()
+        self.written = Written()
         self._checker: Checker | None = None
         self._lowered: Lowered | None = None
 
@@ -122,6 +126,25 @@ class StatedRule(Generic[P, R]):
             self._checker = Checker()
         return self._checker
 
+    def write_for_trace(
+        self,
+        entries: tuple[Any, ...],
+        wants: Callable[[Any], bool],
+        binding: Sequence[str],
+        otherwise: Callable[[], None],
+    ) -> str:
+        """Write code for torch.compile to follow; see :class:`.Written`."""
+        from gradtools.gradcheck.surroundings import in_fresh_thread
+
+        lowered = self._lowered or self._lower()
+        plan, leaves = lowered.plan_for_trace(entries, wants)
+        try:
+            return in_fresh_thread(
+                lambda: self.written.add(plan, leaves, entries, binding, otherwise)
+            )
+        except Exception:  # fwd needs values, or is wrong: the general way will tell
+            return ""
+
     def _lower(self) -> Lowered:
         self._lowered = Lowered(self.rule, self.checker, current_policy, chosen.get)
         return self._lowered
@@ -139,6 +162,7 @@ class StatedRule(Generic[P, R]):
         self.rule = dataclasses.replace(self.rule, **parts)
         self._checker = None
         self._lowered = None
+        self.written = Written()
 
     def def_jvp(self, jvp: F) -> F:
         """State forward mode: ``jvp(primals, tangents) -> (output, output_tangent)``.
@@ -189,9 +213,9 @@ class StatedRule(Generic[P, R]):
 
     def __set_name__(self, owner: type, name: str) -> None:
         self._state(is_method=True)
-        setattr(owner, name, _Method(self))
+        setattr(owner, name, Method(self))
 
-    if TYPE_CHECKING:  # at run time _Method has it
+    if TYPE_CHECKING:  # at run time Method has it
 
         @overload
         def __get__(
@@ -223,62 +247,6 @@ class StatedRule(Generic[P, R]):
         ]
         stated = ", ".join(given) or "nothing stated"
         return f"<{type(self).__name__} {rule.where}: {stated}>"
-
-
-class _Method:
-    """What a rule stated in the body of a class leaves there.
-
-    A rule has no ``__get__`` of its own: Dynamo 2.11 would not find it where it is an
-    attribute of an instance.
-    """
-
-    def __init__(self, rule: StatedRule[..., Any]) -> None:
-        self.rule = rule
-
-    def __get__(self, instance: Any, owner: type | None = None) -> Any:
-        return self.rule if instance is None else BoundRule(self.rule, instance)
-
-
-class BoundRule(Generic[P, R]):
-    """A rule looked up on an instance, as a bound method is a function."""
-
-    # Dynamo 2.11 asks an object for its hash before __init__ has run.
-    rule: Any = None
-    instance: Any = None
-
-    def __init__(self, rule: StatedRule[..., R], instance: Any) -> None:
-        self.rule = rule
-        self.instance = instance
-
-    @property
-    def __name__(self) -> str:
-        return self.rule.rule.name
-
-    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
-        """Call the method."""
-        return self.rule(self.instance, *args, **kwargs)
-
-    def gradcheck(self, *args: P.args, **kwargs: P.kwargs) -> Report:
-        """Check the rule on these arguments now; see :meth:`StatedRule.gradcheck`."""
-        return self.rule.gradcheck(self.instance, *args, **kwargs)
-
-    @property
-    def reports(self) -> tuple[Report, ...]:
-        """What has been checked so far."""
-        return self.rule.reports
-
-    def __eq__(self, other: object) -> bool:
-        return (
-            isinstance(other, BoundRule)
-            and self.rule is other.rule
-            and self.instance is other.instance
-        )
-
-    def __hash__(self) -> int:
-        return hash((id(self.rule), id(self.instance)))
-
-    def __repr__(self) -> str:
-        return f"<bound {self.rule!r} of {self.instance!r}>"
 
 
 class CustomVJP(StatedRule[P, R]):

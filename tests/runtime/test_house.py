@@ -78,13 +78,22 @@ def test_the_check_knows_nothing_of_functions():
     ("pattern", "homes"),
     [
         (r"^torch\.utils\._pytree", {"trees"}),
-        (r"^torch\._dynamo|_dynamo\.eval_frame", {"lowering.boundary"}),
-        (r"^torch\.compiler", {"lowering.boundary"}),
-        (r"^torch\._(?!dynamo)", {"torch_compat", "lowering.boundary"}),
+        (
+            r"^torch\._dynamo|_dynamo\.eval_frame",
+            {"lowering.boundary", "lowering.dynamo"},
+        ),
+        (r"^torch\.compiler", {"lowering.boundary", "lowering.dynamo"}),
+        (
+            r"^torch\._(?!dynamo)",
+            {"torch_compat", "lowering.boundary"},
+        ),
         (r"^forward_ad\._", {"torch_compat"}),
         (
             r"^torch\.autograd\.Function$",
-            {"lowering.functions", "lowering.boundary", "torch_compat"},
+            {
+                *("lowering.functions", "lowering.boundary", "lowering.traced"),
+                "torch_compat",
+            },
         ),
     ],
 )
