@@ -134,10 +134,13 @@ def register(rule: Crossable) -> str:
     return key
 
 
+_dual = torch_compat.dual_level_holder
+
+
 def call(target: Crossable, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Call a rule while Dynamo traces."""
     rule = target.rule
-    name = "" if torch_compat.dual_level() >= 0 else _written(target.key)
+    name = "" if _dual._current_level >= 0 else _written(target.key)
     if name == "fun":
         return rule.fun(*args, **kwargs)
     if name:
@@ -149,7 +152,7 @@ def call(target: Crossable, args: tuple[Any, ...], kwargs: dict[str, Any]) -> An
             warn_of_export(rule.name)
         return rule.parameters.call(rule.fun, entries)
     # Dynamo guards on the level that it reads itself, and compiles anew under another.
-    moving = is_moving() or torch_compat.dual_level() >= 0
+    moving = is_moving() or _dual._current_level >= 0
     if moving and level_is_outside():
         _prepare(target.key)
         return _outside(target, entries)

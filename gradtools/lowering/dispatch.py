@@ -31,7 +31,7 @@ from gradtools.lowering import (
 )
 from gradtools.lowering.flat import Plan
 from gradtools.lowering.state import Checks, State
-from gradtools.probing import is_plain
+from gradtools.probing import moment
 from gradtools.rules.rule import Rule
 from gradtools.rules.signature import (
     CallSignature,
@@ -90,33 +90,39 @@ class Lowered:
         ]
 
     @boundary.unseen
-    def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call the rule."""
-        if is_plain() or not (
-            torch.is_grad_enabled()
-            or torch_compat.transforms_active()
-            or torch_compat.forward_ad_active()
-            or self.rule.autocast
-        ):
-            return self.rule.fun(*args, **kwargs)
+        rule = self.rule
+        if moment.is_plain:
+            return rule.fun(*args, **kwargs)
         if not (
             torch_compat.transforms_active()
-            or torch_compat.forward_ad_active()
-            or self.rule.autocast
-            or _may_need_gradient(args)
-            or _may_need_gradient(kwargs.values())
+            or torch_compat.dual_level() >= 0
+            or rule.autocast
         ):
-            out = self.rule.fun(*args, **kwargs)
-            if _may_need_gradient((out,)):
-                entries = self.rule.parameters.bind(args, kwargs)
-                self.refuse_derivative(out, flatten_entries(entries)[0])
-            return out
-        entries = self.rule.parameters.bind(args, kwargs)
+            if not torch.is_grad_enabled():
+                return rule.fun(*args, **kwargs)
+            entries = rule.parameters.bind(args, kwargs)
+            if not _may_need_gradient(entries):
+                return self.call_fun(args, kwargs, entries)
+        else:
+            entries = rule.parameters.bind(args, kwargs)
         if len(entries) != len(args):  # else express was asked already
             out = self.express(entries)
             if out is not express.ASTRAY:
                 return out
         return self.run_entries(entries)
+
+    def call_fun(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], entries: tuple[Any, ...]
+    ) -> Any:
+        """Call fun where no argument needs a gradient."""
+        out = self.rule.fun(*args, **kwargs)
+        if isinstance(out, torch.Tensor) and not out.requires_grad:
+            return out
+        if _may_need_gradient((out,)):
+            self.refuse_derivative(out, flatten_entries(entries)[0])
+        return out
 
     @boundary.unseen
     def run_entries(self, entries: tuple[Any, ...]) -> Any:

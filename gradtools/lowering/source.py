@@ -369,17 +369,17 @@ def fitted(pattern: Pattern, wrong: str) -> Lines:
     ]
     yield f"if type(returned) is tuple and len(returned) == {len(children)}:"
     yield f"    {row(children)} = returned"
-    if len(able) == 1 and not children[able[0]].kind:
-        yield "elif isinstance(returned, Tensor):"
-        for part in children:
-            yield f"    {part} = {'returned' if part in able else 'None'}"
     if pattern.by_name:
         yield "elif type(returned) is dict and returned.keys() <= names:"
         for part in children:
             name = pattern.names[int(part[1:])]
             yield f"    {part} = returned.get({name!r})"
     yield "else:"
-    yield f"    {wrong}"
+    if len(able) == 1 and not children[able[0]].kind:
+        for part in children:
+            yield f"    {part} = {'returned' if part in able else 'None'}"
+    else:
+        yield f"    {wrong}"
     for part, child in children.items():
         yield from taken(child, part, "c", wrong, optional=True)
     for index in pattern.nondiff:

@@ -65,7 +65,6 @@ class Written:
                 "fwd": rule.fwd,
                 "bwd": rule.bwd,
                 "names": frozenset(pattern.names),
-                "Tensor": torch.Tensor,
                 "otherwise": otherwise,
             }
             exec(compile(text, f"<gradtools {rule.name}, compiled>", "exec"), space)

@@ -19,7 +19,7 @@ import torch
 
 from gradtools.errors import DefinitionError
 from gradtools.gradcheck.policy import chosen, current_policy
-from gradtools.lowering import boundary
+from gradtools.lowering.boundary import call, is_tracing, register
 from gradtools.lowering.dispatch import Lowered
 from gradtools.lowering.express import ASTRAY
 from gradtools.lowering.flat import Plan
@@ -64,7 +64,7 @@ class StatedRule(Generic[P, R]):
         functools.update_wrapper(self, rule.fun)
         self.__name__ = rule.name
         self.rule = rule
-        self.key = boundary.register(self)
+        self.key = register(self)
         self.reads: Sequence[Any] = ()  # for torch.compile; see lowering.boundary
         self.names: Sequence[str] = ()
         self.written = Written()
@@ -73,14 +73,14 @@ class StatedRule(Generic[P, R]):
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         """Call the function."""
-        if boundary.is_tracing():
-            return boundary.call(self, args, kwargs)
+        if is_tracing():
+            return call(self, args, kwargs)
         lowered = self._lowered or self._lower()
         if not kwargs:
             out = lowered.express(args)
             if out is not ASTRAY:
                 return out
-        return lowered(args, kwargs)
+        return lowered.call(args, kwargs)
 
     def run_entries(self, entries: Sequence[Any]) -> Any:
         """Call the function with arguments that are bound already, in eager mode."""

@@ -1,5 +1,7 @@
 """How fwd and bwd are vectorized: by torch, in a loop, or by themselves."""
 
+import gc
+
 import numpy as np
 import pytest
 import torch
@@ -217,3 +219,52 @@ def test_an_output_without_a_batch_dimension_has_one_cotangent(mode):
     x, w = torch.linspace(-1, 2, 4), torch.tensor(1.5)
     native = torch.func.grad(loss, 1)(lambda x, w: (x * w, w**2), w, x)
     assert_close(torch.func.grad(loss, 1)(both, w, x), native)
+
+
+def test_an_unneeded_gradient_per_sample_is_never_built():
+    asked = []
+    rule = gt.custom_vjp(lambda x, w: x @ w)
+    rule.def_fwd(lambda x, w: (x @ w, (x, w)))
+
+    @rule.def_bwd
+    def _(residuals, g, *, needs):
+        x, w = residuals
+        asked.append((needs, tuple(x.shape), tuple(w.shape)))
+        return g @ w.T if needs[0] else None, x.T @ g if needs[1] else None
+
+    x, w = torch.randn(5, 3, 4), torch.randn(4, 2)
+
+    def loss(x, w):
+        return rule(x, w).sum()
+
+    for argnums, needs in ((0, (True, False)), (1, (False, True))):
+        per_sample = torch.func.vmap(torch.func.grad(loss, argnums), (0, None))
+        per_sample(x, w)  # with its check
+        asked.clear()
+        per_sample(x, w)
+        # In sight of bwd is one sample; the weight has no batch dimension at all.
+        assert asked == [(needs, (3, 4), (4, 2))]
+
+
+def test_no_class_is_made_per_call():
+    def count(cls=torch._C._FunctionBase):
+        return 1 + sum(map(count, type(cls).__subclasses__(cls)))
+
+    rule = gt.custom_vjp(lambda x, w: x * w)
+    rule.def_fwd(lambda x, w: (x * w, (x, w)))
+    rule.def_bwd(lambda r, g: (g * r[1], g * r[0]))
+    x, w = torch.randn(5, 3), torch.randn(3)
+    grad = torch.func.grad(lambda x, w: rule(x, w).sum(), (0, 1))
+    calls = (
+        lambda: torch.func.vmap(grad, (0, None))(x, w),
+        lambda: torch.func.vmap(torch.func.vmap(grad))(x[None], w.expand(1, 5, 3)),
+        lambda: torch.func.jacrev(lambda w: torch.func.vmap(rule, (0, None))(x, w))(w),
+        lambda: torch.autograd.grad(rule(x[0], w.requires_grad_()).sum(), w),
+    )
+    for call in calls:
+        for _ in range(4):
+            call()
+        gc.collect()
+        before = count()
+        call()
+        assert count() == before
