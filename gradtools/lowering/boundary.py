@@ -140,7 +140,7 @@ _dual = torch_compat.dual_level_holder
 def call(target: Crossable, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Call a rule while Dynamo traces."""
     rule = target.rule
-    name = "" if _dual._current_level >= 0 else _written(target.key)
+    name = "" if _dual._current_level >= 0 else _written()
     if name == "fun":
         return rule.fun(*args, **kwargs)
     if name:
@@ -214,14 +214,15 @@ def _before_trace(key: str, transformed: bool) -> None:
 
 
 @at_trace_time
-def _written(key: str) -> str:
+def _written() -> str:
     """Have code written for this call; return the attribute that holds it.
 
     Returns:
         The attribute; "fun" where no gradient is wanted; nothing where the rule must
         cross, or no code can be written.
     """
-    target = _registry[key]
+    known = Known(call.__code__)
+    target = known.object("target")
     parameters = target.rule.parameters
     if (
         target.written.is_closed
@@ -231,7 +232,6 @@ def _written(key: str) -> str:
         or must_cross()
     ):
         return ""
-    known = Known(call.__code__)
     try:
         args, kwargs = known.stand_in("args"), known.stand_in("kwargs")
         entries = parameters.bind(args, kwargs)

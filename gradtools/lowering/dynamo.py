@@ -48,6 +48,10 @@ class Known:
         self.wanting: list[torch.Tensor] = []
         self.examples: list[torch.Tensor] = []
 
+    def object(self, name: str) -> Any:
+        """Return the object that a variable of the frame holds."""
+        return self.variables[name].realize().value
+
     def stand_in(self, name: str) -> Any:
         """Return what a variable of the frame stands for, tensors without values."""
         return _stand_in(self.variables[name], self.wanting, self.examples)
