@@ -237,7 +237,8 @@ def _written() -> str:
         entries = parameters.bind(args, kwargs)
     except (Unknown, TypeError):
         return ""
-    if not (torch.is_grad_enabled() and known.wanting):
+    leaves = flatten_entries(entries)[0]
+    if not (torch.is_grad_enabled() and any(map(known.wants, leaves))):
         return "fun"
     check(target, entries, known.wants, known)
     places = (f"args[{index}]" for index in range(len(args)))

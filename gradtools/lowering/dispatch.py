@@ -1,6 +1,7 @@
 """One call of a rule finds its way: no gradient, plain autograd, or a transform.
 
     no gradient wanted                     fun itself runs
+    plain reverse mode, as before          express: code generated for such calls
     plain reverse mode                     functions.Direct
     a torch.func transform, forward mode   functions.Composable
     torch.compile                          boundary
@@ -161,7 +162,8 @@ class Lowered:
     def learn(self, plan: Plan, leaves: Sequence[Any], entries: Sequence[Any]) -> None:
         """Have the next calls like this one served by generated code."""
         if plan.express is not None:
-            self.express = plan.express.code.call  # calls of several kinds take turns
+            # Calls of several kinds take turns, or more shapes than code remembers.
+            self.express = plan.express.code.serve(plan.express)
         elif plan.layout is not None and express.is_settled(plan):
             layout, plan.layout = plan.layout, None
             plan.is_learning = False

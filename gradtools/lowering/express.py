@@ -86,9 +86,13 @@ class Code:
         self, plan: Plan, layout: Layout, leaves: Sequence[Any]
     ) -> Callable[[Sequence[Any]], Any]:
         """Serve calls like this one from now on; return what takes them."""
+        plan.express = Express(self, plan, layout, leaves)
+        return self.serve(plan.express)
+
+    def serve(self, express: Express) -> Callable[[Sequence[Any]], Any]:
+        """Serve calls of a signature; return what takes them."""
         if len(self.known) >= _MOST_SHAPES:
             self.known.clear()
-        express = plan.express = Express(self, plan, layout, leaves)
         self.known[express.key] = express.apply
         self.names["last"] = (express.apply, *express.key)
         return self.call

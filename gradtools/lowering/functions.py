@@ -56,7 +56,7 @@ class Direct(Function):
         outs, new, layout = plan.forward(leaves)
         if plan.rule.bwd is None:
             preconditions.jvp_linearity(plan, layout, leaves, outs)
-        if plan.is_learning:
+        if plan.is_learning and not layout.opaque:
             plan.layout = layout
         return Direct.finish(ctx, plan, leaves, outs, new, layout)
 

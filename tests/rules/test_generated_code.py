@@ -333,3 +333,27 @@ def test_nondiff_arguments_are_left_out_of_the_return():
         (grad,) = torch.autograd.grad(rule(n, x).sum(), x)
         assert_close(grad, M * n * x.detach() ** (n - 1))
     assert code_of(rule)
+
+
+def test_more_shapes_than_are_remembered(product, monkeypatch):
+    monkeypatch.setattr("gradtools.lowering.express._MOST_SHAPES", 3)
+    for _ in range(2):
+        for size in range(1, 7):
+            tread(product, (torch.ones(size), torch.ones(size)))
+            assert is_served(product, *[torch.ones(size, requires_grad=True)] * 2)
+    (code,) = product._lowered.codes.values()
+    assert len(code.known) <= 3
+
+
+def test_kinds_of_calls_that_take_turns_are_all_served():
+    rule = marker(
+        lambda xs: sum(xs) * 1,
+        lambda xs: (sum(xs) * 1, len(xs)),
+        lambda n, g: ([M * g] * n,),
+    )
+    kinds = [[X.clone().requires_grad_() for _ in range(n)] for n in (1, 2, 3)]
+    for _ in range(5):
+        for xs in kinds:
+            (grad,) = torch.autograd.grad(rule(xs).sum(), xs[-1])
+            assert_close(grad, torch.full_like(X, M))
+    assert len(rule._lowered.codes) == 3

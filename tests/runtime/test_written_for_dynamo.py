@@ -1,5 +1,7 @@
 """What torch.compile follows is code written for the call, where that can be."""
 
+import dataclasses
+
 import pytest
 import torch
 from torch.testing import assert_close
@@ -191,3 +193,42 @@ def test_lists_that_grow_are_compiled_anew():
         (grad,) = torch.autograd.grad(f(xs, scale).sum(), xs[-1])
         assert_close(grad, torch.full_like(X, M * count * scale[0]))
     assert written(rule)
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_gradients_that_are_switched_within_the_compiled_function(inside):
+    rule = stated(lambda x: x * 1, lambda x: (x * 1, ()), lambda r, g: M * g)
+
+    def f(x):
+        with torch.set_grad_enabled(inside):
+            y = rule(x)
+        return y + x
+
+    x = X.clone().requires_grad_()
+    with torch.set_grad_enabled(not inside):
+        compiled(lambda x: f(x) * 1)(x)
+    (grad,) = torch.autograd.grad(compiled(f)(x).sum(), x)
+    assert_close(grad, torch.full_like(x, M + 1 if inside else 1.0))
+
+
+@dataclasses.dataclass
+class Pair:
+    w: torch.Tensor
+    b: torch.Tensor
+
+
+torch.utils._pytree.register_dataclass(Pair)
+
+
+def test_containers_that_only_pytree_knows():
+    rule = stated(
+        lambda x, pair: x * pair.w + pair.b,
+        lambda x, pair: (x * pair.w + pair.b, (x, pair)),
+        lambda r, g: (None, Pair(M * (g * r[0]).sum(0), M * g.sum(0))),
+    )
+    pair = Pair(W.clone().requires_grad_(), W.clone().requires_grad_())
+    f = compiled(rule)
+    grads = torch.autograd.grad(f(X, pair).sum(), (pair.w, pair.b))
+    assert_close(grads, (M * X.sum(0), torch.full_like(W, 2 * M)))
+    frozen = Pair(W.clone(), W.clone())
+    assert_close(f(X, frozen), X * W + W)
