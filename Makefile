@@ -12,7 +12,7 @@ WORKERS ?= 2
 
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help demo test lint types unit sweep format clean
+.PHONY: help demo test lint types unit sweep bench format clean
 
 help: ## List the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 10
@@ -36,6 +36,10 @@ sweep: $(READY) ## Put the check to the test: mutants, torch's operators, cost
 	$(BIN)/python -m tests.benchmarks.mutants --jobs $(WORKERS)
 	$(BIN)/python -m tests.benchmarks.false_alarms --jobs $(WORKERS)
 	$(BIN)/python -m tests.benchmarks.cost
+
+bench: $(READY) ## Measure time and memory beside rules by hand; write docs/performance.md
+	$(BIN)/python -m pip install -q -c constraints.txt --group bench
+	$(BIN)/python -m tests.benchmarks.performance $(BENCH)
 
 format: $(READY) ## Mend what can be mended
 	$(BIN)/ruff check --fix .

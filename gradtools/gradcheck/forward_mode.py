@@ -13,6 +13,7 @@ from gradtools.gradcheck.probes import Probe
 from gradtools.gradcheck.report import Evidence
 from gradtools.gradcheck.subject import Run, Subject, floats
 from gradtools.gradcheck.trial import Tolerance
+from gradtools.lowering import preconditions
 from gradtools.lowering.forward_mode import transposed
 
 __all__ = ["forward_mode"]
@@ -35,6 +36,9 @@ def forward_mode(subject: Subject, probe: Probe) -> list[Evidence]:
             near, near.places, subject.generator, relative=attempt == 1
         )
         run = subject.fwd(near)
+        refused = _refusal(run)
+        if refused is not None:
+            return [Evidence(QUESTION, "not given", refused.what)]
         try:
             moved = subject.again(lambda run=run, moves=moves: _tangents(run, moves))
         except TransformError as error:
@@ -60,6 +64,14 @@ def subject_tolerance(subject: Subject, run: Run) -> float:
     values = (*run.outs, *run.probe.leaves)
     tolerance = Tolerance.of(subject.rule.contract, values)
     return tolerance.along + tolerance.wide_relative
+
+
+def _refusal(run: Run) -> TransformError | None:
+    """Return why there is no forward mode, as the first use of it would find out."""
+    plan = run.probe.plan
+    if plan.rule.jvp is None:
+        preconditions.linearity(plan, run.layout, run.kept, run.outs)
+    return plan.state.linear
 
 
 def _tangents(run: Run, moves: numeric.Moves) -> Sequence[torch.Tensor | None]:

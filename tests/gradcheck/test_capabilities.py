@@ -336,3 +336,12 @@ def test_threads_share_one_check():
         return calls.count(True)
 
     assert run(8) == run(1) > 0
+
+
+def test_the_full_check_of_an_opaque_bwd_finds_no_forward_mode_and_no_mistake():
+    rule = gt.custom_vjp(torch.sin, once_differentiable=True)
+    rule.def_fwd(lambda x: (x.sin(), x))
+    rule.def_bwd(lambda x, g: g.detach() * x.cos())
+    found = {item.question: item for item in rule.gradcheck(torch.ones(4)).evidence}
+    assert found["tangent of the output"].outcome == "not given"
+    assert "opaque" in found["tangent of the output"].detail

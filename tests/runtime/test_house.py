@@ -69,6 +69,7 @@ def test_the_check_knows_nothing_of_functions():
         for name in (
             *("flat", "state", "batching", "forward_mode"),  # a rule as pure functions
             *("replay", "contents"),  # what it leaves, and what it holds
+            "preconditions",  # whether there is a forward mode at all
             "boundary",  # for a thread of its own
         )
     }
