@@ -27,7 +27,7 @@ shapes = pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.fixture
 def fused():
     if not HAS_CUDA and not IS_INTERPRETED:
-        pytest.skip("runs in a process of its own")
+        pytest.skip("no CUDA device: runs in a process of its own, interpreted")
     from tests.benchmarks import fused_softmax
 
     return fused_softmax
