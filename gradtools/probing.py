@@ -6,7 +6,7 @@ import contextlib
 import threading
 from collections.abc import Iterator
 
-__all__ = ["is_checking", "is_plain", "moment", "plainly", "probing"]
+__all__ = ["is_checking", "moment", "plainly", "probing"]
 
 
 class _Moment(threading.local):
@@ -42,11 +42,6 @@ def probing() -> Iterator[None]:
         yield
     finally:
         moment.value -= 1
-
-
-def is_plain() -> bool:
-    """Whether rules are to stand aside, so that autograd sees their functions."""
-    return moment.is_plain
 
 
 @contextlib.contextmanager

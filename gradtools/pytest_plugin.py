@@ -107,7 +107,7 @@ class _Session:
             yield f"  and {len(worth) - MOST_LINES} more"
 
     def shortened(self, rule: str) -> str:
-        """Write "swish (/root/nn/swish.py:3)" as "swish at nn/swish.py:3"."""
+        """Write "swish (/home/me/nn/swish.py:3)" as "swish at nn/swish.py:3"."""
         name, _, place = rule.partition(" (")
         place = place.removesuffix(")").removeprefix(f"{self.config.rootpath}{os.sep}")
         return f"{name} at {place}"

@@ -1,9 +1,9 @@
-"""torch.compile: with :mod:`.dynamo` the only module that knows of it.
+"""torch.compile: the only module that knows of it.
 
 Dynamo traces a rule in one of two ways. With no transform active, and a backend that
 goes through AOT autograd, it follows a Function into fwd and bwd, guards on all that
 they read, and drops nothing: one that was written for the call (:mod:`.traced`), or
-else :class:`Traced`. Where a torch.func transform or a forward-mode level
+else :class:`.Traced`. Where a torch.func transform or a forward-mode level
 is active it would drop bwd without a sign; and a backend that runs Dynamo's graph as it
 is would differentiate bwd without the residuals. There the rule crosses as one opaque
 call (``nonstrict_trace``), and everything happens as in eager mode when AOT autograd,
@@ -11,7 +11,7 @@ or the backend, runs that call.
 
 What crosses is tensors and constants. Python numbers that fwd and bwd read from
 closures, globals and objects would be baked in, so the traced code reads them too and
-Dynamo guards on them: :func:`_numbers_of`.
+Dynamo guards on them: :func:`.numbers_used`.
 
 Nothing here imports ``torch._dynamo`` (that takes seconds): functions that Dynamo must
 treat specially are marked by attribute, and the crossing is made by the first trace
@@ -25,32 +25,21 @@ import gc
 import itertools
 import sys
 import types
+import warnings
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, ParamSpec, Protocol, TypeVar
 
 import torch
-from torch.autograd import Function
 
 from gradtools import torch_compat, trees
+from gradtools.errors import GradtoolsError
 from gradtools.lowering import free_variables
-from gradtools.lowering.dynamo import (
-    Known,
-    Unknown,
-    at_trace_time,
-    check,
-    is_exporting,
-    is_moving,
-    level_is_outside,
-    must_cross,
-    warn_of_export,
-)
 from gradtools.lowering.flat import Plan
-from gradtools.lowering.residuals import Layout
-from gradtools.lowering.state import State
+from gradtools.lowering.stand_ins import Known, Unknown
+from gradtools.lowering.traced import STATE, Traced
 from gradtools.rules.rule import Rule
 from gradtools.rules.signature import CallSignature, flatten_entries
-from gradtools.trees import Structure
 
 __all__ = [
     "Crossable",
@@ -134,6 +123,15 @@ def register(rule: Crossable) -> str:
     return key
 
 
+def _at_trace_time(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Have Dynamo run a function while it traces, and take its result as a constant.
+
+    This is ``torch.compiler.assume_constant_result`` without its import of Dynamo.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
 _dual = torch_compat.dual_level_holder
 
 
@@ -147,16 +145,16 @@ def call(target: Crossable, args: tuple[Any, ...], kwargs: dict[str, Any]) -> An
         return getattr(target.written, name)(args, kwargs)
     entries = rule.parameters.bind(args, kwargs)
     leaves, spec = flatten_entries(entries)
-    if is_exporting():
+    if _is_exporting():
         if _needs_gradient(leaves):
-            warn_of_export(rule.name)
+            _warn_of_export(rule.name)
         return rule.parameters.call(rule.fun, entries)
     # Dynamo guards on the level that it reads itself, and compiles anew under another.
-    moving = is_moving() or _dual._current_level >= 0
-    if moving and level_is_outside():
+    moving = _is_moving() or _dual._current_level >= 0
+    if moving and _level_is_outside():
         _prepare(target.key)
         return _outside(target, entries)
-    if rule.bwd is None or moving or must_cross():
+    if rule.bwd is None or moving or _must_cross():
         _before_trace(target.key, True)
         return _cross(target, entries, leaves, moving)
     if not _needs_gradient(leaves):
@@ -164,7 +162,7 @@ def call(target: Crossable, args: tuple[Any, ...], kwargs: dict[str, Any]) -> An
     _before_trace(target.key, False)
     needs = tuple(isinstance(x, torch.Tensor) and x.requires_grad for x in leaves)
     plan = Plan(
-        rule, CallSignature(rule.parameters, entries, leaves, spec, needs), _STATE
+        rule, CallSignature(rule.parameters, entries, leaves, spec, needs), STATE
     )
     *tensors, outputs = Traced.apply(plan, *leaves)
     return outputs.rebuild(tensors)
@@ -176,44 +174,18 @@ def _needs_gradient(leaves: Sequence[Any]) -> bool:
     )
 
 
-class Traced(Function):
-    """The Function that Dynamo follows: first-order reverse mode and nothing else."""
-
-    @staticmethod
-    def forward(ctx: Any, plan: Any, *leaves: Any) -> Any:
-        out, residuals = plan.call_fwd(plan.signature.entries(leaves))
-        outs, outputs = Structure.split(out)
-        tensors, structure = Structure.split(residuals)
-        ctx.save_for_backward(*tensors)
-        floating = tuple(out.is_floating_point() or out.is_complex() for out in outs)
-        ctx.plan, ctx.layout = plan, Layout(outputs, structure, (), None, floating)
-        return (*outs, outputs)
-
-    @staticmethod
-    def backward(ctx: Any, *cotangents: Any) -> Any:
-        plan, layout = ctx.plan, ctx.layout
-        given = layout.only_floating(cotangents)
-        values = plan.backward(
-            layout, ctx.saved_tensors, given, ctx.needs_input_grad[1:]
-        )
-        return (None, *values)
-
-
-_STATE = State(watched={"fwd", "bwd"})
-
-
-@at_trace_time
+@_at_trace_time
 def _before_trace(key: str, transformed: bool) -> None:
     """Let the check run on what Dynamo knows of the arguments."""
-    known = Known(call.__code__)
+    known = _known()
     try:
         entries = known.stand_in("entries")
     except Unknown:
         entries = None
-    check(_registry[key], entries, None if transformed else known.wants, known)
+    _check(_registry[key], entries, None if transformed else known.wants, known)
 
 
-@at_trace_time
+@_at_trace_time
 def _written() -> str:
     """Have code written for this call; return the attribute that holds it.
 
@@ -221,7 +193,7 @@ def _written() -> str:
         The attribute; "fun" where no gradient is wanted; nothing where the rule must
         cross, or no code can be written.
     """
-    known = Known(call.__code__)
+    known = _known()
     target = known.object("target")
     parameters = target.rule.parameters
     if (
@@ -229,7 +201,7 @@ def _written() -> str:
         or target.rule.bwd is None
         or torch.compiler.is_exporting()
         or torch_compat.forward_ad_active()
-        or must_cross()
+        or _must_cross()
     ):
         return ""
     try:
@@ -240,7 +212,7 @@ def _written() -> str:
     leaves = flatten_entries(entries)[0]
     if not (torch.is_grad_enabled() and any(map(known.wants, leaves))):
         return "fun"
-    check(target, entries, known.wants, known)
+    _check(target, entries, known.wants, known)
     places = (f"args[{index}]" for index in range(len(args)))
     by_name = {name: _Place(f"kwargs[{name!r}]") for name in kwargs}
     bound = parameters.bind(tuple(map(_Place, places)), by_name)
@@ -250,6 +222,16 @@ def _written() -> str:
     return target.write_for_trace(entries, known.wants, binding, _otherwise(target))
 
 
+def _known() -> Known:
+    """Return what Dynamo knows of the call that it follows."""
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+
+    frame: Any = InstructionTranslator.current_tx().output.current_tx
+    while frame.f_code is not call.__code__:
+        frame = frame.parent
+    return Known(frame.symbolic_locals)
+
+
 class _Place(str):
     """Text for where an argument is found."""
 
@@ -257,7 +239,7 @@ class _Place(str):
 def _otherwise(target: Crossable) -> Callable[[], None]:
     """Return what starts a trace anew, by the general way."""
 
-    @at_trace_time
+    @_at_trace_time
     def otherwise() -> None:
         from torch._dynamo import exc
 
@@ -267,6 +249,87 @@ def _otherwise(target: Crossable) -> Callable[[], None]:
         )
 
     return otherwise
+
+
+def _check(target: Any, entries: Any, wants: Any, known: Known) -> None:
+    """Check a rule; raise what is found in a way that Dynamo hands on."""
+    from torch._dynamo.exc import ShortenTraceback
+
+    try:
+        target.before_trace(entries, wants, torch_compat.order(known.examples))
+    except GradtoolsError as error:
+        # Dynamo lets some of its own exceptions through; of all others it makes a
+        # report of an internal error.
+        both: Any = type(type(error).__name__, (type(error), ShortenTraceback), {})
+        wrapped = both.__new__(both, *error.args)
+        wrapped.__dict__.update(error.__dict__, **_SHORT)
+        raise wrapped from None
+
+
+_SHORT = {"first_useful_frame": None, "frame_exec_strategy": None}
+
+
+@_at_trace_time
+def _must_cross() -> bool:
+    """Whether Dynamo's own treatment of a Function would be wrong."""
+    return torch_compat.transforms_active() or not _goes_through_aot()
+
+
+@_at_trace_time
+def _level_is_outside() -> bool:
+    """Whether AOT autograd would compile without the tangents that will come in."""
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+
+    graphs = [
+        tracer.graph for tracer in InstructionTranslator.current_tx().output.tracers
+    ]
+    opened = (
+        "_enter_dual_level" in str(node.target) for g in graphs for node in g.nodes
+    )
+    return _goes_through_aot() and not any(opened)
+
+
+def _goes_through_aot() -> bool:
+    """Whether the backend of the running trace hands its graph to AOT autograd."""
+    from torch._dynamo.backends.common import AotAutograd
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+
+    backend: Any = InstructionTranslator.current_tx().output.compiler_fn
+    while backend is not None:
+        name = getattr(backend, "__name__", None) or type(backend).__name__
+        if name.startswith("aot_") or "Inductor" in name or name in _AOT_BACKENDS:
+            return True
+        if isinstance(backend, AotAutograd):
+            return True
+        backend = getattr(backend, "_torchdynamo_orig_backend", None) or getattr(
+            backend, "compiler_fn", None
+        )
+    return False
+
+
+_AOT_BACKENDS = frozenset({"inductor", "cudagraphs", "openxla"})
+
+
+@_at_trace_time
+def _is_exporting() -> bool:
+    """Whether torch.export traces (torch 2.11 answers True to traced code, always)."""
+    return torch.compiler.is_exporting()
+
+
+@_at_trace_time
+def _warn_of_export(name: str) -> None:
+    """Say what torch.export leaves of a rule."""
+    warnings.warn(
+        f"torch.export keeps the forward of the rule {name} only: what is exported has "
+        "the derivative of its function, not of the rule (pytorch#106388)",
+        stacklevel=2,
+    )
+
+
+@_at_trace_time
+def _is_moving() -> bool:
+    """Whether forward mode is active where the rule is called."""
+    return torch_compat.forward_ad_active()
 
 
 # The crossing.
@@ -291,10 +354,11 @@ def _cross(
     given = [leaf if isinstance(leaf, _PLAIN) else 0 for leaf in leaves]
     numbers: list[Any] = []
     for path in target.reads:
-        _numbers_of(free_variables.follow(target.rule, path), target.names, 2, numbers)
+        value = free_variables.follow(target.rule, path)
+        free_variables.numbers_used(value, target.names, 2, numbers)
     for leaf in leaves:
         if not isinstance(leaf, _PLAIN):
-            _numbers_of(leaf, target.names, 2, numbers)
+            free_variables.numbers_used(leaf, target.names, 2, numbers)
     for number in numbers:
         # As the key of a set a number must be a constant; as an argument Dynamo may
         # make a symbol of it, and guard on nothing.
@@ -309,7 +373,7 @@ _crossing: Any = None
 _outside: Any = None
 
 
-@at_trace_time
+@_at_trace_time
 def _prepare(key: str) -> None:
     """Make the crossing, and list anew what the rule's functions read."""
     global _crossing, _outside
@@ -344,7 +408,7 @@ def _identity(leaf: Any) -> int:
     return id(leaf)
 
 
-@at_trace_time
+@_at_trace_time
 def _constant_id(leaf: Any) -> int:
     """Return the identity of a function that torch 2.11 will not give us."""
     return id(leaf)
@@ -371,21 +435,3 @@ def _object(identity: int) -> Any:
     if identity == 0:
         return None
     return next(thing for thing in gc.get_objects() if id(thing) == identity)
-
-
-def _numbers_of(value: Any, names: Sequence[str], depth: int, found: list[Any]) -> None:
-    """Collect the numbers and texts that code using ``names`` reaches from a value."""
-    if isinstance(value, (bool, int, float, complex, str)):
-        found.append(value)
-    elif isinstance(value, torch.Tensor) or depth == 0:
-        return
-    elif isinstance(value, (list, tuple)):
-        for item in value:
-            _numbers_of(item, names, depth - 1, found)
-    elif isinstance(value, dict):
-        for item in value.values():
-            _numbers_of(item, names, depth - 1, found)
-    else:
-        for name in names:
-            if hasattr(value, name):
-                _numbers_of(getattr(value, name), names, depth - 1, found)

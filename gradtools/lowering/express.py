@@ -7,8 +7,6 @@ differs between the shapes that share it. The code shows in tracebacks.
 
 from __future__ import annotations
 
-import functools
-import linecache
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -18,7 +16,8 @@ from gradtools import torch_compat, trees
 from gradtools.lowering import boundary, contract, functions, higher_order
 from gradtools.lowering.flat import Plan, noted
 from gradtools.lowering.residuals import Layout, Source
-from gradtools.lowering.source import Pattern, write
+from gradtools.lowering.source import Pattern, returned_names, write
+from gradtools.lowering.text import compiled
 from gradtools.probing import moment
 from gradtools.rules.rule import Rule
 from gradtools.trees import Outline, Structure
@@ -72,12 +71,12 @@ class Code:
             "fun": rule.fun,
             "fwd": rule.fwd,
             "bwd": rule.bwd,
-            "names": _returned_names(pattern),
+            "names": returned_names(pattern),
             "policy": policy,
             "owes": owes,
             "known": self.known,
         }
-        exec(_compiled(self.text, rule.name), self.names)
+        exec(compiled(self.text, rule.name), self.names)
         self.call: Callable[[Sequence[Any]], Any] = boundary.unseen(self.names["call"])
         self.key: Callable[..., Any] = self.names["key"]
         self.make: Callable[..., Any] = self.names["make"]
@@ -212,18 +211,6 @@ _NAMES: dict[str, Any] = {
 }
 
 
-def _returned_names(pattern: Pattern) -> frozenset[str]:
-    names = enumerate(pattern.names)
-    return frozenset(name for index, name in names if index not in pattern.nondiff)
-
-
-@functools.lru_cache(maxsize=256)
-def _compiled(text: str, name: str) -> Any:
-    file = f"<gradtools {name} {hash(text):x}>"
-    linecache.cache[file] = (len(text), None, text.splitlines(keepends=True), file)
-    return compile(text, file, "exec")
-
-
 # What calls can be served.
 
 
@@ -268,8 +255,7 @@ def pattern_of(
         for number, leaf in enumerate(leaves)
         if not isinstance(leaf, torch.Tensor)
     }
-    sizes = (torch.Size in _kinds(outline) for outline in arguments[:1])
-    if any(sizes) or not set(constants.values()) <= _CONSTANTS:
+    if torch.Size in _kinds(arguments[0]) or not set(constants.values()) <= _CONSTANTS:
         return None
     outputs = trees.outline(layout.outputs.rebuild(range(layout.outputs.count)))
     residuals = trees.outline(_marked(layout))

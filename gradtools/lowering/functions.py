@@ -1,4 +1,4 @@
-"""Plans become ``torch.autograd.Function`` classes, which are built here alone.
+"""Plans become ``torch.autograd.Function`` classes; :mod:`.traced` has Dynamo's.
 
 :class:`Direct` has the combined ``forward(ctx, ...)`` and serves plain reverse mode: it
 is what an expert writes by hand, and costs what that costs. :class:`Composable` has a

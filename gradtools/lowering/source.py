@@ -29,7 +29,7 @@ from gradtools.lowering.text import (
 )
 from gradtools.trees import Outline
 
-__all__ = ["Pattern", "arguments", "fitted", "write"]
+__all__ = ["Pattern", "arguments", "fitted", "returned_names", "write"]
 
 
 class Pattern(NamedTuple):
@@ -348,6 +348,12 @@ def _backward(pattern: Pattern) -> Lines:
         yield "        ctx.inputs = None"
     yield from indented(fitted(pattern, "return refitted(express, returned)"))
     yield ""
+
+
+def returned_names(pattern: Pattern) -> frozenset[str]:
+    """Return the names under which bwd may return cotangents."""
+    names = enumerate(pattern.names)
+    return frozenset(name for index, name in names if index not in pattern.nondiff)
 
 
 def fitted(pattern: Pattern, wrong: str) -> Lines:

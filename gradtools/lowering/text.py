@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import linecache
+import types
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
@@ -10,6 +13,7 @@ from gradtools.trees import Outline
 
 __all__ = [
     "Lines",
+    "compiled",
     "indented",
     "names",
     "numbered",
@@ -123,3 +127,11 @@ def same(to: Outline, prefix: str, source: Outline, of: str) -> Lines:
     """Give the leaves of one outline to those of another."""
     for new, old in zip(to.leaves(), source.leaves(), strict=True):
         yield f"{prefix}{new.number} = {of}{old.number}"
+
+
+@functools.lru_cache(maxsize=256)
+def compiled(text: str, name: str) -> types.CodeType:
+    """Compile a module's text; it will show in tracebacks under a rule's name."""
+    file = f"<gradtools {name} {hash(text):x}>"
+    linecache.cache[file] = (len(text), None, text.splitlines(keepends=True), file)
+    return compile(text, file, "exec")

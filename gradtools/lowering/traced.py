@@ -19,11 +19,50 @@ from torch.autograd import Function
 
 from gradtools import torch_compat, trees
 from gradtools.lowering.flat import Plan
-from gradtools.lowering.source import Pattern, arguments, fitted
-from gradtools.lowering.text import Lines, indented, names, numbered, put, row, taken
-from gradtools.trees import Outline
+from gradtools.lowering.residuals import Layout
+from gradtools.lowering.source import Pattern, arguments, fitted, returned_names
+from gradtools.lowering.state import State
+from gradtools.lowering.text import (
+    Lines,
+    compiled,
+    indented,
+    names,
+    numbered,
+    put,
+    row,
+    same,
+    taken,
+)
+from gradtools.trees import Structure
 
-__all__ = ["Written"]
+__all__ = ["STATE", "Traced", "Written"]
+
+
+STATE = State(watched={"fwd", "bwd"})
+"""What is known of a rule in a trace: its watches and checks have had their turn."""
+
+
+class Traced(Function):
+    """The Function that Dynamo follows: first-order reverse mode and nothing else."""
+
+    @staticmethod
+    def forward(ctx: Any, plan: Any, *leaves: Any) -> Any:
+        out, residuals = plan.call_fwd(plan.signature.entries(leaves))
+        outs, outputs = Structure.split(out)
+        tensors, structure = Structure.split(residuals)
+        ctx.save_for_backward(*tensors)
+        floating = tuple(out.is_floating_point() or out.is_complex() for out in outs)
+        ctx.plan, ctx.layout = plan, Layout(outputs, structure, (), None, floating)
+        return (*outs, outputs)
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Any) -> Any:
+        plan, layout = ctx.plan, ctx.layout
+        given = layout.only_floating(cotangents)
+        values = plan.backward(
+            layout, ctx.saved_tensors, given, ctx.needs_input_grad[1:]
+        )
+        return (None, *values)
 
 
 class Written:
@@ -31,10 +70,12 @@ class Written:
 
     Attributes:
         is_closed: A trace went otherwise than fwd had let expect.
+        known: By what was written: the attribute that holds it.
     """
 
     def __init__(self) -> None:
         self.is_closed = False
+        self.known: dict[str, str] = {}
 
     def add(
         self,
@@ -57,17 +98,17 @@ class Written:
         if pattern is None:
             return ""
         text = "\n".join(_write(pattern, binding))
-        name = f"call_{hash(text) & 0xFFFFFFFF:x}"
+        name = self.known.setdefault(text, f"call_{len(self.known)}")
         if not hasattr(self, name):
             rule = plan.rule
             space: dict[str, Any] = {
                 "fun": rule.fun,
                 "fwd": rule.fwd,
                 "bwd": rule.bwd,
-                "names": frozenset(pattern.names),
+                "names": returned_names(pattern),
                 "otherwise": otherwise,
             }
-            exec(compile(text, f"<gradtools {rule.name}, compiled>", "exec"), space)
+            exec(compiled(text, rule.name), space)
             members = {key: staticmethod(space[key]) for key in ("forward", "backward")}
             space["Written"] = types.new_class(
                 rule.name, (Function,), {}, lambda body: body.update(members)
@@ -165,10 +206,11 @@ def _forward(pattern: Pattern) -> Lines:
         yield "    out = returned"
     yield from indented(taken(pattern.outputs, "out", "o", "otherwise()"))
     if not pattern.has_fwd:  # the residuals are (arguments, output)
-        yield from _alike(own.children[0], "r", pattern.arguments, "a")
-        yield from _alike(own.children[1], "r", pattern.outputs, "o")
+        yield from indented(same(own.children[0], "r", pattern.arguments, "a"))
+        yield from indented(same(own.children[1], "r", pattern.outputs, "o"))
     for place, index in enumerate(pattern.nondiff):
-        yield from _alike(front[place], "r", pattern.arguments.children[index], "a")
+        source = pattern.arguments.children[index]
+        yield from indented(same(front[place], "r", source, "a"))
     tensors, others = _kinds(pattern)
     if tensors:
         yield f"    ctx.save_for_backward({', '.join(tensors)})"
@@ -220,8 +262,3 @@ def _kinds(pattern: Pattern) -> tuple[list[str], list[str]]:
     for number, place in enumerate(pattern.places):
         kinds[not place].append(f"r{number}")
     return kinds
-
-
-def _alike(to: Outline, prefix: str, source: Outline, of: str) -> Lines:
-    pairs = zip(to.leaves(), source.leaves(), strict=True)
-    return (f"    {prefix}{new.number} = {of}{old.number}" for new, old in pairs)

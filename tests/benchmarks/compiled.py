@@ -26,6 +26,7 @@ def measure(effort: Effort, is_quick: bool = False) -> Part:
     """Measure all three."""
     rows = [
         *(row for contest in CONTESTS.values() for row in nodes(contest)),
+        *(guards(contest) for contest in CONTESTS.values()),
         *times(effort, is_quick),
         *recompilations(effort.device),
     ]
@@ -94,6 +95,33 @@ def nodes(contest: Contest) -> list[Row]:
             )
         )
     return rows
+
+
+def guards(contest: Contest) -> Row:
+    """Count the lines of the tree of guards that Dynamo looks at before each call."""
+    from torch._dynamo.eval_frame import _debug_get_cache_entry_list
+
+    counts = {}
+    args = contest.arguments(TINY)
+    for name in (GRADTOOLS, COMBINED):
+        torch._dynamo.reset()
+        function = separate(contest.spellings[name])
+        step = torch.compile(function, fullgraph=True, backend="aot_eager")
+        contest.step(step, args)()
+        (entry,) = _debug_get_cache_entry_list(function.__code__)
+        counts[name] = len(str(entry.guard_manager).splitlines())
+    mine, theirs = counts[GRADTOOLS], counts[COMBINED]
+    return ledger.exact(
+        "compiled",
+        "lines of guards",
+        contest.name,
+        GRADTOOLS,
+        COMBINED,
+        "ratio",
+        mine / theirs,
+        None,
+        f"{mine} against {theirs}",
+    )
 
 
 def times(effort: Effort, is_quick: bool) -> list[Row]:

@@ -32,8 +32,8 @@ different over to the general way. Under torch.func a rule goes past
 torch.compile Dynamo follows code that is written for the call as well, so that it has
 little to guard on.
 
-The general way takes two to three times as long as a Function by hand, at 30 to 60 μs a
-call. What goes it always: rules with `autocast=`, and calls under autocast; arguments,
+The general way takes longer; the tables have it as a row of its own. What goes it
+always: rules with `autocast=`, and calls under autocast; arguments,
 results or residuals that are objects (modules, callables, dataclasses, `self`);
 `**kwargs`; a fwd that draws random numbers; the policy "always"; and what has more than
 128 shapes in turn.

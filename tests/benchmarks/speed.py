@@ -64,6 +64,7 @@ def measure(effort: Effort) -> Part:
         *forward_and_backward("tiny", TINY, effort, effort.rounds),
         *forward_and_backward("a million", LARGE, effort, effort.rounds_large),
         *forward_alone(effort),
+        *general_way(effort),
     ]
     return Part(rows, against_size(effort))
 
@@ -211,6 +212,22 @@ def forward_alone(effort: Effort) -> list[Row]:
                 for name, rounds in found.items()
             ]
     return rows
+
+
+def general_way(effort: Effort) -> list[Row]:
+    """Compare a step under autocast, which no code is written for."""
+    runs = {
+        name: steps(contest, TINY, effort.device, (GRADTOOLS, COMBINED))
+        for name, contest in CONTESTS.items()
+    }
+    with torch.autocast(effort.device, torch.bfloat16):
+        found = effort.race(effort.rounds).run_rules(runs)
+    work = "the general way: a step under autocast, tiny"
+    return [
+        *compared("speed", work, found, GRADTOOLS, COMBINED),
+        *each_time("speed", work, found, GRADTOOLS),
+        *each_time("speed", work, found, COMBINED),
+    ]
 
 
 def batched(

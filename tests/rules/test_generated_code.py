@@ -318,7 +318,9 @@ def test_tensors_of_a_transform_that_is_over(product):
 
     torch.func.grad(f)(X.clone())
     _, w = both()
-    out = product(leaked[0] * 1, w)
+    out = product(leaked[0], w)
+    kept = next(t for t in out.grad_fn.saved_tensors if t is not w)
+    assert not torch._C._functorch.is_functorch_wrapped_tensor(kept)
     assert_close(out, X * w)
     (grad,) = torch.autograd.grad(out.sum(), w)
     assert_close(grad, M * X)
@@ -333,6 +335,25 @@ def test_nondiff_arguments_are_left_out_of_the_return():
         (grad,) = torch.autograd.grad(rule(n, x).sum(), x)
         assert_close(grad, M * n * x.detach() ** (n - 1))
     assert code_of(rule)
+
+
+def test_a_dict_that_names_a_nondiff_argument_is_refused_also_late():
+    calls = iter(range(100))
+
+    def bwd(n, x, g):
+        gradient = M * n * g * x ** (n - 1)
+        return {"x": gradient} if next(calls) < 6 else {"n": None, "x": gradient}
+
+    rule = gt.custom_vjp(lambda n, x: x**n, nondiff_argnames="n")
+    rule.def_fwd(lambda n, x: (x**n, x))
+    rule.def_bwd(bwd)
+    x, _ = both()
+    for _ in range(6):
+        (grad,) = torch.autograd.grad(rule(2, x).sum(), x)
+        assert_close(grad, 2 * M * x.detach())
+    assert is_served(rule, 2, x)
+    with pytest.raises(gt.BackwardContractError, match="unknown names 'n'"):
+        torch.autograd.grad(rule(2, x).sum(), x)
 
 
 def test_more_shapes_than_are_remembered(product, monkeypatch):

@@ -81,9 +81,9 @@ def test_the_check_knows_nothing_of_functions():
         (r"^torch\.utils\._pytree", {"trees"}),
         (
             r"^torch\._dynamo|_dynamo\.eval_frame",
-            {"lowering.boundary", "lowering.dynamo"},
+            {"lowering.boundary"},
         ),
-        (r"^torch\.compiler", {"lowering.boundary", "lowering.dynamo"}),
+        (r"^torch\.compiler", {"lowering.boundary"}),
         (
             r"^torch\._(?!dynamo)",
             {"torch_compat", "lowering.boundary"},
@@ -91,10 +91,7 @@ def test_the_check_knows_nothing_of_functions():
         (r"^forward_ad\._", {"torch_compat"}),
         (
             r"^torch\.autograd\.Function$",
-            {
-                *("lowering.functions", "lowering.boundary", "lowering.traced"),
-                "torch_compat",
-            },
+            {"lowering.functions", "lowering.traced", "torch_compat"},
         ),
     ],
 )
