@@ -217,3 +217,20 @@ def test_a_sparse_cotangent_passes_as_it_is():
     assert_close(actual.to_dense(), 10 * expected)
     functional = torch.func.grad(lambda table: loss(lookup, table))(table.detach())
     assert_close(functional.to_dense(), 10 * expected)
+
+
+def test_a_pullback_needs_nothing_of_a_tensor_of_the_level_below():
+    seen = []
+    rule = gt.custom_vjp(lambda x, w: x * w)
+    rule.def_fwd(lambda x, w: (x * w, (x, w)))
+
+    @rule.def_bwd
+    def _(residuals, g, *, needs):
+        seen.append(needs)
+        x, w = residuals
+        return g * w if needs[0] else None, g * x if needs[1] else None
+
+    x, w = torch.rand(3), torch.rand(3, requires_grad=True)
+    _, pull = torch.func.vjp(lambda x: rule(x, w), x)
+    assert_close(pull(torch.ones(3)), (w,))
+    assert seen[-1] == (True, False)
