@@ -23,6 +23,21 @@ from gradtools.rules.identities import (
     straight_through,
 )
 from gradtools.rules.rule import Approximate, Exact, Surrogate
+from gradtools.second_order.cg import cg
+from gradtools.second_order.directional import jvp, linearize, vjp
+from gradtools.second_order.functional import functional
+from gradtools.second_order.implicit import custom_fixed_point, custom_root
+from gradtools.second_order.linear import linear_solve
+from gradtools.second_order.operators import ggnvp_fn, hvp_fn
+from gradtools.second_order.products import ggnvp, hvp, vhp
+from gradtools.second_order.transforms import (
+    grad,
+    hessian,
+    jacfwd,
+    jacrev,
+    value_and_grad,
+    vmap,
+)
 
 __all__ = [
     "Approximate",
@@ -35,19 +50,39 @@ __all__ = [
     "GradtoolsError",
     "Surrogate",
     "TransformError",
+    "cg",
     "clip_grad",
     "closure_convert",
+    "custom_fixed_point",
     "custom_jvp",
+    "custom_root",
     "custom_vjp",
+    "functional",
+    "ggnvp",
+    "ggnvp_fn",
+    "grad",
     "grad_map",
     "gradcheck_policy",
+    "hessian",
+    "hvp",
+    "hvp_fn",
     "is_checking",
+    "jacfwd",
+    "jacrev",
+    "jvp",
+    "linear_solve",
+    "linearize",
     "reverse_grad",
     "scale_grad",
     "stop_gradient",
     "straight_through",
+    "value_and_grad",
+    "vhp",
+    "vjp",
+    "vmap",
 ]
 __version__ = "0.1.0"
 
 for _name in __all__:  # in tracebacks and pickles they stand where they are found
-    globals()[_name].__module__ = __name__
+    if globals()[_name].__module__.startswith(__name__):  # vmap is torch.func's own
+        globals()[_name].__module__ = __name__

@@ -7,6 +7,7 @@ change upstream has one place to be answered.
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -24,12 +25,13 @@ from torch.autograd import forward_ad
 from torch.autograd.function import _SingleLevelFunction
 
 __all__ = [
-    "AtOneLevel", "GradLevel", "VmapLevel", "apply_of", "autocast_devices",
-    "autocast_enabled", "autocast_state", "call_backward_directly", "clean_autograd",
-    "dual_level", "dual_level_announced", "dual_level_holder", "fake_tensors",
-    "forward_ad_active", "forward_ad_enabled", "graph_is_kept", "has_tangent", "hint",
-    "innermost_level", "innermost_transform", "is_at_open_level", "is_differentiated",
-    "is_fake", "is_foreign_subclass", "is_view", "is_view_of", "is_wrapped", "keep",
+    "AtOneLevel", "GradLevel", "VmapLevel", "apply_of", "attention_by_operators",
+    "autocast_devices", "autocast_enabled", "bytes_of_gradients",
+    "call_backward_directly", "clean_autograd", "dual_level", "dual_level_announced",
+    "dual_level_holder", "fake_tensors", "forward_ad_active", "forward_ad_enabled",
+    "graph_is_kept", "has_tangent", "hint", "innermost_level", "innermost_transform",
+    "is_at_open_level", "is_being_differentiated", "is_differentiated", "is_fake",
+    "is_foreign_subclass", "is_view", "is_view_of", "is_wrapped", "keep",
     "only_reverse_and_vmap", "order", "plain", "primal_of", "put_back",
     "requires_grad_at_any_level", "tangent_of", "transforms_active", "unwrap_if_dead",
     "unwrapped_to", "vmap_flat",
@@ -72,9 +74,12 @@ def forward_ad_active() -> bool:
     While AOT autograd traces a graph of Dynamo's, only functorch knows of the level.
     """
     return forward_ad._current_level >= 0 or (
-        transforms_active()
-        and any(i.key() == _functorch.TransformType.Jvp for i in _interpreters())
+        transforms_active() and any(map(_is_jvp, _interpreters()))
     )
+
+
+def _is_jvp(interpreter: Any) -> bool:
+    return interpreter.key() == _functorch.TransformType.Jvp
 
 
 unwrap_if_dead: Callable[[torch.Tensor], torch.Tensor] = _functorch.unwrap_if_dead
@@ -117,6 +122,24 @@ def dual_level_announced(is_open: bool) -> Iterator[None]:
         forward_ad._current_level = before
 
 
+def bytes_of_gradients(node: Any) -> int:
+    """Return the size of what a node of a graph is given in a backward."""
+    metas = node._input_metadata
+    return sum(math.prod(meta.shape) * meta.dtype.itemsize for meta in metas)
+
+
+_aten = torch.ops.aten
+attention_by_operators: Callable[..., Any] = _aten._scaled_dot_product_attention_math
+"""scaled_dot_product_attention without a fused kernel; gives it and its weights."""
+
+
+def is_being_differentiated() -> bool:
+    """Whether a derivative by torch.func or dual numbers is under way around here."""
+    return forward_ad_active() or any(
+        i.key() in _DIFFERENTIATING for i in _interpreters() or ()
+    )
+
+
 @contextlib.contextmanager
 def forward_ad_enabled() -> Iterator[None]:
     """Compute tangents again where a Function's jvp has them switched off.
@@ -137,20 +160,16 @@ def tangent_of(tensor: torch.Tensor) -> torch.Tensor | None:
     return forward_ad.unpack_dual(tensor, level=0).tangent
 
 
-def _is_forward_mode(interpreters: Sequence[Any] | None) -> bool:
-    """Whether the innermost of the running transforms is torch.func.jvp."""
-    return bool(interpreters) and interpreters[-1].key() == _functorch.TransformType.Jvp
-
-
 def has_tangent(tensor: torch.Tensor) -> bool:
     """Whether a tensor moves at its own level of forward mode, also in a Function."""
     level = max(_functorch.maybe_get_level(tensor), 0)
     with contextlib.ExitStack() as stack:
         while innermost_level() > level:
             stack.enter_context(pyfunctorch.temporarily_pop_interpreter_stack())
-        if level and not _is_forward_mode(_interpreters()):
+        if level and not any(map(_is_jvp, (_interpreters() or ())[-1:])):
             return False
-        with forward_ad_enabled():
+        # Out of sight of the modes that watch a function: each would ask this again.
+        with forward_ad_enabled(), torch._C.DisableTorchFunction():
             return tangent_of(tensor) is not None
 
 
@@ -309,9 +328,8 @@ def is_foreign_subclass(tensor: torch.Tensor) -> bool:
     return own.__torch_dispatch__ is not usual.__torch_dispatch__
 
 
-def is_view(tensor: torch.Tensor) -> bool:
-    """Whether autograd knows ``tensor`` as a view."""
-    return tensor._is_view()
+is_view: Callable[[torch.Tensor], bool] = torch.Tensor._is_view
+"""Whether autograd knows a tensor as a view."""
 
 
 def is_view_of(tensor: torch.Tensor, others: Sequence[Any]) -> bool:
@@ -352,17 +370,6 @@ def vmap_flat(
         return [value for value, _ in pairs], [dim for _, dim in pairs]
 
     return call
-
-
-def autocast_state(devices: Sequence[str]) -> tuple[tuple[str, torch.dtype], ...]:
-    """Return the device types under autocast, each with its dtype."""
-    if not autocast_enabled():
-        return ()
-    return tuple(
-        (device, torch.get_autocast_dtype(device))
-        for device in devices
-        if torch.is_autocast_enabled(device)
-    )
 
 
 autocast_enabled: Callable[[], bool] = torch._C._is_any_autocast_enabled

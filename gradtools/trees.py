@@ -20,6 +20,7 @@ __all__ = [
     "added",
     "children",
     "flatten",
+    "flatten_like",
     "has_sizes",
     "is_leaf",
     "map_tensors",
@@ -37,6 +38,37 @@ is_leaf: Callable[[Any], bool] = pytree.tree_is_leaf
 def unflatten(leaves: Iterable[Any], spec: Spec) -> Any:
     """Put ``leaves`` back into the containers that ``spec`` describes."""
     return pytree.tree_unflatten(leaves, spec)
+
+
+def flatten_like(tree: Any, spec: Spec) -> list[Any]:
+    """Return the leaves of a tree in the order of a structure that it shares.
+
+    The keys of a dict may come in another order; None stands for a whole subtree of
+    None.
+
+    Raises:
+        ValueError: The structure is another one.
+    """
+    if tree is None:
+        return [None] * spec.num_leaves
+    if spec.is_leaf():
+        return [tree]
+    if spec.type is dict and type(tree) is dict:
+        if tree.keys() != set(spec.context):
+            raise ValueError("other keys")
+        below = [tree[key] for key in spec.context]
+    else:
+        below, own = pytree.tree_flatten(tree, is_leaf=lambda node: node is not tree)
+        if (own.type, own.context) != (spec.type, spec.context):
+            raise ValueError("another type")
+    inner = spec.children()
+    if len(below) != len(inner):
+        raise ValueError("another length")
+    return [
+        leaf
+        for child, shape in zip(below, inner, strict=True)
+        for leaf in flatten_like(child, shape)
+    ]
 
 
 def has_sizes(spec: Spec) -> bool:

@@ -45,7 +45,7 @@ class BackwardPlan:
         self.state = State(
             watched={"fwd", "bwd"},
             second_order=plan.state.second_order,
-            tested={"second_order", "linearity", "jvp_linearity"},
+            tested={"second_order", "linear", "jvp_linear"},
         )
 
     def first_use(self, leaves: Sequence[Any]) -> None:

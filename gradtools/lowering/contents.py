@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import types
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -21,6 +21,7 @@ from gradtools.lowering.free_variables import (
 __all__ = [
     "PLAIN",
     "WITHOUT_TENSORS",
+    "Converted",
     "hidden_numbers",
     "hidden_tensors",
     "modules_within",
@@ -71,9 +72,22 @@ def _reachable(
         yield from _reachable(child, path + key, depth - 1, seen, kinds)
 
 
+class Converted:
+    """A function whose tensors have become arguments: none hides in it any more."""
+
+    __slots__ = ("function",)
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.function = function
+
+    def __call__(self, *args: Any) -> Any:
+        """Call the function."""
+        return self.function(*args)
+
+
 WITHOUT_TENSORS = (
     type(None), bool, int, float, complex, str, bytes, type, types.ModuleType,
-    torch.dtype, torch.device, torch.Size,
+    torch.dtype, torch.device, torch.Size, Converted,
 )  # fmt: skip
 PLAIN = (torch.Tensor, *WITHOUT_TENSORS)
 

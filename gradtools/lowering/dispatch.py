@@ -30,7 +30,7 @@ from gradtools.lowering import (
     free_variables,
     functions,
 )
-from gradtools.lowering.flat import Plan
+from gradtools.lowering.flat import Plan, autocast_state
 from gradtools.lowering.state import Checks, State
 from gradtools.probing import moment
 from gradtools.rules.rule import Rule
@@ -241,7 +241,7 @@ class Lowered:
         """Return a plan for a call that is being traced; its leaves."""
         leaves, spec = flatten_entries(entries)
         needs = tuple(map(wants or is_differentiable, leaves))
-        autocast = torch_compat.autocast_state(_devices(leaves))
+        autocast = autocast_state(_devices(leaves))
         policy = self.policy()
         return (
             self.make_plan(leaves, spec, entries, needs, False, autocast, policy),
@@ -258,7 +258,7 @@ class Lowered:
         order: int,
     ) -> Plan:
         """Return the plan for a call, made on its first occasion."""
-        autocast = torch_compat.autocast_state(_devices(leaves))
+        autocast = autocast_state(_devices(leaves))
         policy = self.policy()
         try:
             key = (spec, needs, moving, order, autocast, policy)

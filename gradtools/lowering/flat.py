@@ -26,7 +26,7 @@ from gradtools.rules.rule import Rule
 from gradtools.rules.signature import CallSignature
 from gradtools.trees import Structure
 
-__all__ = ["Lowerable", "Plan", "noted"]
+__all__ = ["Lowerable", "Plan", "autocast_state", "noted"]
 
 Tensors = Sequence[torch.Tensor]
 Optional = Sequence[torch.Tensor | None]
@@ -415,3 +415,14 @@ def noted(error: Exception, rule: Rule, role: str) -> None:
     """Say on an exception of the user's code whose it is; it goes on as it is."""
     if not isinstance(error, GradtoolsError):
         error.add_note(f"raised in {rule.which(role)} of the rule {rule.where}")
+
+
+def autocast_state(devices: Sequence[str]) -> tuple[tuple[str, torch.dtype], ...]:
+    """Return the device types under autocast, each with its dtype."""
+    if not torch_compat.autocast_enabled():
+        return ()
+    return tuple(
+        (device, torch.get_autocast_dtype(device))
+        for device in devices
+        if torch.is_autocast_enabled(device)
+    )

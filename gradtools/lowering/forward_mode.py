@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from gradtools.lowering.flat import Lowerable
     from gradtools.lowering.residuals import Layout
 
-__all__ = ["pulled_back", "transposed", "transposed_jvp"]
+__all__ = ["alias", "pulled_back", "transposed", "transposed_jvp"]
 
 Tensors = Sequence[torch.Tensor]
 Optional = Sequence[torch.Tensor | None]
@@ -107,7 +107,7 @@ def pulled_back(
         for tensor in (*primals, *cotangents, *used)
     )
     with torch.enable_grad():
-        inputs = [_alias(primal) for primal in primals]
+        inputs = [alias(primal) for primal in primals]
         outputs = function(*inputs)
         pairs = [
             (output, cotangent)
@@ -127,11 +127,11 @@ def pulled_back(
         )
 
 
-def _alias(primal: torch.Tensor) -> torch.Tensor:
+def alias(primal: torch.Tensor) -> torch.Tensor:
     """Return a tensor to differentiate by; behind it the graph, if any, goes on.
 
     Asked of the alias, not of the primal: a tensor whose transform has ended still says
     that it requires a gradient, and what is computed from it does not.
     """
-    alias = primal.view_as(primal)
-    return alias if alias.requires_grad else alias.detach().requires_grad_()
+    other = primal.view_as(primal)
+    return other if other.requires_grad else other.detach().requires_grad_()

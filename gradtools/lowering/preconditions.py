@@ -9,7 +9,7 @@ once per rule and signature, on the tensors of the call.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -98,29 +98,33 @@ def second_order(
         leaves: The arguments, where fwd made residuals of its own.
     """
     tensors = [*kept, *(c for c in cotangents if c is not None)]
-    once = plan.rule.once_differentiable
-    if once or not _to_be_tested(plan, "second_order", tensors):
+    if plan.rule.once_differentiable:
         return
-    with probing(), torch_compat.clean_autograd():
-        plan.state.second_order = (
+    _once(
+        plan,
+        "second_order",
+        tensors,
+        lambda: (
             opacity.hidden(plan.rule, layout)
             or (
                 opacity.opaque_fwd(plan, layout, leaves) if leaves is not None else None
             )
             or opacity.opaque_bwd(plan, layout, kept, cotangents)
-        )
-    plan.state.tested.add("second_order")
+        ),
+    )
 
 
 def linearity(plan: Lowerable, layout: Layout, kept: Tensors, outs: Tensors) -> None:
     """Find out whether bwd is linear in its cotangent, so that it can be transposed."""
-    if not _to_be_tested(plan, "linearity", [*kept, *outs]):
-        return
-    with probing(), torch_compat.clean_autograd():
-        plan.state.linear = opacity.hidden(plan.rule, layout) or linear.nonlinear_bwd(
-            plan, layout, kept, outs
-        )
-    plan.state.tested.add("linearity")
+    _once(
+        plan,
+        "linear",
+        [*kept, *outs],
+        lambda: (
+            opacity.hidden(plan.rule, layout)
+            or linear.nonlinear_bwd(plan, layout, kept, outs)
+        ),
+    )
 
 
 def jvp_second_order(
@@ -128,11 +132,12 @@ def jvp_second_order(
 ) -> None:
     """Find out whether the jvp rule can be differentiated."""
     tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
-    if not _to_be_tested(plan, "jvp_second_order", tensors):
-        return
-    with probing(), torch_compat.clean_autograd():
-        plan.state.jvp_second_order = opacity.opaque_jvp(plan, layout, leaves, outs)
-    plan.state.tested.add("jvp_second_order")
+    _once(
+        plan,
+        "jvp_second_order",
+        tensors,
+        lambda: opacity.opaque_jvp(plan, layout, leaves, outs),
+    )
 
 
 def jvp_linearity(
@@ -140,16 +145,39 @@ def jvp_linearity(
 ) -> None:
     """Find out whether the jvp rule is linear, so that it can be transposed."""
     tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
-    if not _to_be_tested(plan, "jvp_linearity", tensors):
-        return
-    with probing(), torch_compat.clean_autograd():
-        plan.state.jvp_linear = linear.nonlinear_jvp(plan, layout, leaves, outs)
-    plan.state.tested.add("jvp_linearity")
-
-
-def _to_be_tested(plan: Lowerable, what: str, tensors: Tensors) -> bool:
-    return (
-        what not in plan.state.tested
-        and not torch_compat.transforms_active()
-        and not any(torch_compat.is_fake(t) or t.is_meta for t in tensors)
+    _once(
+        plan,
+        "jvp_linear",
+        tensors,
+        lambda: linear.nonlinear_jvp(plan, layout, leaves, outs),
     )
+
+
+def _once(
+    plan: Lowerable,
+    what: str,
+    tensors: Tensors,
+    find: Callable[[], GradtoolsError | None],
+) -> None:
+    """Set an attribute of the state to what is found, if it has not been looked for.
+
+    A rule that calls itself, as the solution of a linear system does, comes here again
+    while its test runs, and goes on.
+    """
+    state = plan.state
+    if (
+        what in state.tested
+        or torch_compat.transforms_active()
+        or any(torch_compat.is_fake(t) or t.is_meta for t in tensors)
+    ):
+        return
+    with state.lock:
+        if what in state.tested | state.under_test:
+            return
+        state.under_test.add(what)
+        try:
+            with probing(), torch_compat.clean_autograd():
+                setattr(state, what, find())
+        finally:
+            state.under_test.discard(what)
+    state.tested.add(what)

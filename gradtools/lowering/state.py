@@ -28,6 +28,7 @@ class State:
         linear: Why bwd cannot be transposed; None if it can.
         jvp_linear: Why the jvp rule cannot be transposed; None if it can.
         tested: Preconditions that have been tested.
+        under_test: Preconditions whose test is running, in the thread with the lock.
         checked: By capability, what the gradient check found: None, or an error.
         unchecked: Why calls went unchecked, as far as the report says so.
         remembered: Arguments of a call, for checks that come when it is over.
@@ -43,6 +44,7 @@ class State:
     linear: TransformError | None = None
     jvp_linear: TransformError | None = None
     tested: set[str] = dataclasses.field(default_factory=set)
+    under_test: set[str] = dataclasses.field(default_factory=set)
     checked: dict[Hashable, GradtoolsError | None] = dataclasses.field(
         default_factory=dict
     )

@@ -11,12 +11,10 @@ from torch.overrides import TorchFunctionMode
 from gradtools import torch_compat, trees
 from gradtools.errors import DefinitionError
 from gradtools.lowering.captures import is_without_gradient, needs_gradient
-from gradtools.lowering.contents import name_of
+from gradtools.lowering.contents import Converted, name_of
 from gradtools.probing import probing
 
 __all__ = ["closure_convert"]
-
-Converted = Callable[..., Any]
 
 
 def closure_convert(
@@ -50,7 +48,7 @@ def closure_convert(
     captured = tuple(_captured_by(fn, example_args))
     count = len(example_args)
 
-    def converted(*args: Any) -> Any:
+    def exchanged(*args: Any) -> Any:
         given = args[count:]
         if len(given) != len(captured):
             raise DefinitionError(
@@ -61,6 +59,7 @@ def closure_convert(
         with _Exchange(captured, given):
             return fn(*args[:count])
 
+    converted = Converted(exchanged)
     if not torch_compat.transforms_active():  # there, Functions are exchanged as well
         _refuse_remaining(fn, converted, example_args, captured)
     return converted, captured

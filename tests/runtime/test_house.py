@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from torch.autograd.gradcheck import GradcheckError
 
 import gradtools as gt
@@ -24,6 +25,7 @@ LAYERS = [
     r"gradtools\.lowering\..*",
     r"gradtools\.gradcheck\..*",
     r"gradtools\.rules\..*",
+    r"gradtools\.second_order\..*",
     r"gradtools\.__init__",
     r"gradtools\.testing",
     r"gradtools\.(__main__|pytest_plugin)",
@@ -124,13 +126,19 @@ def test_the_public_names_are_sorted_documented_and_nothing_else():
     for name in gt.__all__:
         assert getattr(gt, name).__doc__, name
     public = {name for name in vars(gt) if name.isidentifier() and name[0] != "_"}
-    modules = {"errors", "gradcheck", "lowering", "probing", "rules", "torch_compat"}
-    modules |= {"trees", "testing", "pytest_plugin"}  # the last two on import only
+    modules = {"errors", "gradcheck", "lowering", "probing", "rules", "second_order"}
+    modules |= {
+        "torch_compat",
+        "trees",
+        "testing",
+        "pytest_plugin",
+    }  # the last two on import only
     assert public - modules == set(gt.__all__)
 
 
 def test_the_public_names_say_that_they_are_public():
-    for name in gt.__all__:
+    assert gt.vmap is torch.func.vmap
+    for name in set(gt.__all__) - {"vmap"}:
         assert getattr(gt, name).__module__ == "gradtools", name
 
 

@@ -1,0 +1,385 @@
+"""Curvature at one point as a linear operator, for many products."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable, Iterable, Sequence
+from types import TracebackType
+from typing import Any
+
+import torch
+
+from gradtools import trees
+from gradtools.errors import DefinitionError, TransformError
+from gradtools.second_order.accumulation import OverBatches, OverRanks
+from gradtools.second_order.extras import extra
+from gradtools.second_order.primals import Argnums, Primals, Tensors
+from gradtools.second_order.products import GaussNewton
+from gradtools.second_order.reverse import Gradient, Products
+
+__all__ = ["CurvatureOperator", "ggnvp_fn", "hvp_fn"]
+
+MEMORY = 2**30
+"""Bytes that a block of vectors may take, unless the caller says otherwise."""
+
+
+class CurvatureOperator:
+    """A symmetric matrix at one point, known by its products.
+
+    It keeps the graph of the gradient, so that a product is one backward pass; call
+    :meth:`close`, or use it in a ``with``, to let go of that memory.
+
+    Attributes:
+        value: The value of the function, a scalar.
+        grad: Its gradient, in the structure of the primals.
+        aux: What else the function returned, with ``has_aux=True``.
+        shape: ``(n, n)`` for n numbers in the primals.
+    """
+
+    def __init__(
+        self, name: str, primals: Primals, products: Products, aux: Any = None
+    ) -> None:
+        self._name = name
+        self._primals = primals
+        self._products: Products | None = products
+        self._is_bare = primals.argnums is None and len(primals.args) == 1
+        self._pace: dict[int, float] = {}  # vectors at a time -> seconds for each
+        self.value = products.value
+        self.grad = self._tree(products.grads)
+        self.aux = aux
+        count = sum(leaf.numel() for leaf in primals.leaves)
+        self.shape = (count, count)
+
+    def __repr__(self) -> str:
+        state = "" if self._products else ", closed"
+        return f"<{self._name} of {self.shape[0]} numbers{state}>"
+
+    def __enter__(self) -> CurvatureOperator:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Free the graph; a product asked for later is an error."""
+        self._products = None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype that all primals share."""
+        return self._shared("dtype")
+
+    @property
+    def device(self) -> torch.device:
+        """The device that all primals share."""
+        return self._shared("device")
+
+    def __call__(self, *tangents: Any) -> Any:
+        """Multiply with one vector.
+
+        Args:
+            *tangents: One tree per primal, with the shapes of its tensors.
+
+        Returns:
+            The product, in the structure of the primals; bare for one primal.
+        """
+        given = self._primals.tangents(self._given(tangents))
+        return self._tree(self._open().product(given))
+
+    def block(
+        self, *vectors: Any, chunk: int | None = None, memory: int = MEMORY
+    ) -> Any:
+        """Multiply with several vectors.
+
+        Args:
+            *vectors: As for a call, with one leading dimension, the same for all.
+            chunk: How many to take at a time, in one vectorized backward pass; 1 goes
+                through them one by one. None finds out: the first ones are timed in
+                either way, within the memory.
+            memory: Bytes that the vectors under way may take, by an upper estimate.
+
+        Returns:
+            The products, with the same leading dimension.
+        """
+        given, count = self._primals.block(self._given(vectors))
+        if chunk is None:
+            parts = list(self._at_the_best_pace(given, count, memory))
+        else:
+            sizes = itertools.repeat(self._positive(chunk))
+            parts = [self._several(part) for part in _chunks(given, count, sizes)]
+        return self._tree([torch.cat(column) for column in zip(*parts, strict=True)])
+
+    def __matmul__(self, other: Any) -> Any:
+        """Multiply with a vector, or with the columns of a matrix of n rows.
+
+        Args:
+            other: A tensor ``(n,)`` or ``(n, k)``, laid flat as by :meth:`flatten`; or
+                what a call takes, for one primal.
+        """
+        count = self.shape[0]
+        if isinstance(other, torch.Tensor) and not self._is_like_the_primal(other):
+            if other.dim() == 1 and len(other) == count:
+                return self.flatten(self(*self.apart(self.unflatten(other))))
+            if other.dim() == 2 and len(other) == count:
+                found = self.block(*self.apart(self.unflatten(other.mT)))
+                return self.flatten(found, is_block=True).mT
+            raise DefinitionError(
+                f"{self._name} @ tensor: it has {count} columns, and the tensor has "
+                f"shape {tuple(other.shape)}",
+                fix=f"Give shape ({count},) or ({count}, k).",
+            )
+        return self(*self.apart(other))
+
+    def flatten(self, tree: Any, *, is_block: bool = False) -> torch.Tensor:
+        """Lay a tree like the primals flat: ``(n,)``, or ``(k, n)`` for a block."""
+        given = self._given(self.apart(tree))
+        if is_block:
+            values, count = self._primals.block(given)
+            return torch.cat([value.reshape(count, -1) for value in values], 1)
+        return torch.cat([value.reshape(-1) for value in self._primals.tangents(given)])
+
+    def unflatten(self, vector: torch.Tensor) -> Any:
+        """Undo :meth:`flatten`: for ``(n,)``, or ``(k, n)`` for a block."""
+        leaves = self._primals.leaves
+        parts = vector.split([leaf.numel() for leaf in leaves], -1)
+        return self._tree(
+            [
+                part.reshape(*vector.shape[:-1], *leaf.shape)
+                for part, leaf in zip(parts, leaves, strict=True)
+            ]
+        )
+
+    def to_scipy(self) -> Any:
+        """Return it as a ``scipy.sparse.linalg.LinearOperator`` on numpy arrays."""
+        linalg = extra("scipy.sparse.linalg", "scipy")
+        dtype, device = self.dtype, self.device
+
+        def multiply(array: Any) -> Any:
+            given = torch.as_tensor(array, dtype=dtype, device=device)
+            flat = given.reshape(-1) if given.shape[-1:] == (1,) else given
+            return (self @ flat).detach().cpu().numpy().reshape(array.shape)
+
+        return linalg.LinearOperator(
+            self.shape,
+            dtype=torch.empty((), dtype=dtype).numpy().dtype,
+            matvec=multiply,
+            rmatvec=multiply,
+            matmat=multiply,
+            rmatmat=multiply,
+        )
+
+    # What a call is given and returns: bare for one primal.
+
+    def _given(self, trees_: Sequence[Any]) -> Any:
+        argnums = self._primals.argnums
+        wanted = 1 if isinstance(argnums, int) else len(argnums or self._primals.args)
+        if len(trees_) != wanted:
+            raise DefinitionError(
+                f"{self._name}: it is of {wanted} primals, and {len(trees_)} vectors "
+                "came",
+                fix="Give one tree for each primal.",
+            )
+        return trees_[0] if isinstance(argnums, int) else tuple(trees_)
+
+    def _tree(self, values: Sequence[Any]) -> Any:
+        tree = self._primals.tree(values)
+        return tree[0] if self._is_bare else tree
+
+    def apart(self, tree: Any) -> tuple[Any, ...]:
+        """Return the arguments of a call from a vector as it comes back from one."""
+        is_one = self._is_bare or isinstance(self._primals.argnums, int)
+        return (tree,) if is_one else tuple(tree)
+
+    def _is_like_the_primal(self, tensor: torch.Tensor) -> bool:
+        primals = self._primals
+        is_bare = trees.is_leaf(primals.args[0]) and self._is_bare
+        return is_bare and tensor.shape == primals.leaves[0].shape
+
+    def _shared(self, what: str) -> Any:
+        found = {getattr(leaf, what) for leaf in self._primals.leaves}
+        if len(found) == 1:
+            return found.pop()
+        raise DefinitionError(
+            f"{self._name}: its primals have no {what} in common: "
+            + ", ".join(sorted(map(str, found))),
+            fix="Multiply with trees instead of flat vectors.",
+        )
+
+    def _open(self) -> Products:
+        if self._products is None:
+            raise TransformError(
+                f"{self._name}: it has been closed, and its graph is gone",
+                fix="Ask for the product before close(), or inside the with.",
+            )
+        return self._products
+
+    # Blocks.
+
+    def _positive(self, chunk: int) -> int:
+        if isinstance(chunk, int) and chunk > 0:
+            return chunk
+        raise DefinitionError(
+            f"{self._name}: chunk must be a positive number, not {chunk!r}",
+            fix="Leave it out to have it chosen.",
+        )
+
+    def _several(self, vectors: Tensors) -> Tensors:
+        products = self._open()
+        if len(vectors[0]) == 1:
+            (*single,) = (vector[0] for vector in vectors)
+            return [found[None] for found in products.product(single)]
+        return products.product(vectors, is_block=True)
+
+    def _at_the_best_pace(
+        self, vectors: Tensors, count: int, memory: int
+    ) -> Iterable[Tensors]:
+        """Yield products by parts; each way has its turn until the faster is known."""
+        most = max(1, min(count, memory // max(1, self._open().bytes_of_a_product())))
+        ways = sorted({1, min(most, 4), most})
+        done = 0
+        while done < count:
+            untried = [size for size in ways if size not in self._pace]
+            known = {size: self._pace[size] for size in ways if size in self._pace}
+            size = untried[0] if untried else min(known, key=known.__getitem__)
+            part = [vector[done : done + size] for vector in vectors]
+            taken = len(part[0])
+            begin = time.perf_counter()
+            yield self._several(part)
+            seconds = (time.perf_counter() - begin) / taken
+            self._pace[size] = min(seconds, self._pace.get(size, seconds))
+            done += taken
+
+
+def _chunks(
+    vectors: Tensors, count: int, sizes: Iterable[int]
+) -> Iterable[list[torch.Tensor]]:
+    done = 0
+    for size in sizes:
+        if done >= count:
+            return
+        yield [vector[done : done + size] for vector in vectors]
+        done += size
+
+
+def hvp_fn(
+    f: Callable[..., Any],
+    *primals: Any,
+    argnums: Argnums = None,
+    has_aux: bool = False,
+    batches: Iterable[Any] | None = None,
+    group: Any = None,
+    progress: bool = False,
+) -> CurvatureOperator:
+    """Return the Hessian of a scalar function at a point, as an operator.
+
+    The graph of the gradient is kept: a product is one backward pass through it, and f
+    is not run again.
+
+    Args:
+        f: From tensors in pytrees to a real scalar.
+        *primals: Its arguments.
+        argnums: Which of them count, as in :func:`hvp`.
+        has_aux: Whether f returns a pair ``(value, aux)``.
+        batches: Data that the function is summed over: ``f(*primals, batch)`` for each
+            of them. Nothing is kept between products then; each goes through all
+            batches again, so they must be a list or a loader, not an iterator.
+        group: A process group of ``torch.distributed``: the function is summed over its
+            ranks, with one all-reduce per product. Every rank must ask for the same
+            products.
+        progress: Whether to show a bar while the batches go by (needs rich).
+
+    Returns:
+        The operator: ``op(v)``, ``op @ v``, ``op.block(V)``, ``op.value``, ``op.grad``.
+
+    Raises:
+        DefinitionError: f returns no scalar, or the batches can be read only once.
+
+    Example:
+        >>> x = torch.tensor([1.0, 2.0])
+        >>> with gt.hvp_fn(lambda x: (x**3).sum(), x) as op:
+        ...     print(op.grad, op(torch.ones(2)), op @ torch.eye(2))
+        tensor([ 3., 12.]) tensor([ 6., 12.]) tensor([[ 6.,  0.],
+                [ 0., 12.]])
+    """
+    asked = Primals(primals, argnums, "hvp_fn")
+
+    def at(*batch: Any) -> tuple[Gradient, Any]:
+        flat = asked.flat(lambda *args: f(*args, *batch), has_aux=has_aux)
+        gradient = Gradient(flat, asked.leaves)
+        return gradient, flat.aux.rebuild(gradient.aux)
+
+    return _operator("Hessian", asked, at, batches, group, progress)
+
+
+def ggnvp_fn(
+    f: Callable[..., Any],
+    loss: Callable[..., Any],
+    *primals: Any,
+    argnums: Argnums = None,
+    has_aux: bool = False,
+    batches: Iterable[Any] | None = None,
+    group: Any = None,
+    progress: bool = False,
+) -> CurvatureOperator:
+    """Return the generalized Gauss-Newton matrix at a point, as an operator.
+
+    That is ``J.T @ H @ J``, see :func:`ggnvp`. The graphs of the model, of its
+    transpose and of the gradient of the loss are kept.
+
+    Args:
+        f: The model: from tensors in pytrees to tensors in a pytree.
+        loss: From the output of f to a real scalar; with batches also of the batch:
+            ``loss(f(*primals, batch), batch)``.
+        *primals: The arguments of f.
+        argnums: Which of them count, as in :func:`hvp`.
+        has_aux: Whether f returns a pair ``(output, aux)``.
+        batches: Data that the loss is summed over, as in :func:`hvp_fn`.
+        group: A process group, as in :func:`hvp_fn`.
+        progress: Whether to show a bar while the batches go by (needs rich).
+
+    Returns:
+        The operator; ``op.value`` is the loss and ``op.grad`` its gradient.
+
+    Raises:
+        DefinitionError: The loss is no scalar, or the batches can be read only once.
+
+    Example:
+        >>> data = torch.eye(2)
+        >>> op = gt.ggnvp_fn(lambda w: data @ w, lambda out: (out**2).sum(),
+        ...                  torch.tensor([1.0, 2.0]))
+        >>> op(torch.tensor([1.0, 0.0])), op.grad
+        (tensor([2., 0.]), tensor([2., 4.]))
+    """
+    asked = Primals(primals, argnums, "ggnvp_fn")
+
+    def at(*batch: Any) -> tuple[GaussNewton, Any]:
+        flat = asked.flat(lambda *args: f(*args, *batch), has_aux=has_aux)
+        matrix = GaussNewton(flat, lambda out: loss(out, *batch), asked.leaves)
+        return matrix, flat.aux.rebuild(matrix.aux)
+
+    return _operator("Gauss-Newton matrix", asked, at, batches, group, progress)
+
+
+def _operator(
+    name: str,
+    asked: Primals,
+    at: Callable[..., tuple[Products, Any]],
+    batches: Iterable[Any] | None,
+    group: Any,
+    progress: bool,
+) -> CurvatureOperator:
+    aux = None
+    products: Products
+    if batches is None:
+        products, aux = at()
+    else:
+        products = OverBatches(lambda batch: at(batch)[0], batches, asked.who, progress)
+    if group is not None:
+        products = OverRanks(products, group)
+    return CurvatureOperator(name, asked, products, aux)
