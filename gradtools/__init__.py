@@ -24,6 +24,7 @@ from gradtools.rules.identities import (
 )
 from gradtools.rules.rule import Approximate, Exact, Surrogate
 from gradtools.second_order.cg import cg
+from gradtools.second_order.check import check_second_order
 from gradtools.second_order.directional import jvp, linearize, vjp
 from gradtools.second_order.functional import functional
 from gradtools.second_order.implicit import custom_fixed_point, custom_root
@@ -51,6 +52,7 @@ __all__ = [
     "Surrogate",
     "TransformError",
     "cg",
+    "check_second_order",
     "clip_grad",
     "closure_convert",
     "custom_fixed_point",

@@ -228,7 +228,9 @@ def is_over(active: torch.Tensor) -> bool:
 
     Under vmap the batch is looked at as a whole, underneath.
     """
-    return not is_tracing() and not bool(torch_compat.plain(active).any())
+    if is_tracing() or torch_compat.is_fake(torch_compat.plain(active)):
+        return False
+    return not bool(torch_compat.plain(active).any())
 
 
 def _on_leaves(
@@ -240,7 +242,7 @@ def _on_leaves(
 def _most(maxiter: int | None, right: Tensors, batch_dims: int) -> int:
     if maxiter is not None:
         return maxiter
-    if is_tracing():
+    if is_tracing() or torch_compat.is_fake(torch_compat.plain(right[0])):
         raise DefinitionError(
             "cg: torch.compile unrolls the loop, and nothing says how long it is",
             fix="Give maxiter=.",

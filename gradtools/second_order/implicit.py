@@ -9,13 +9,16 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 
 from gradtools import trees
+from gradtools.errors import TransformError
+from gradtools.probing import is_checking
 from gradtools.rules.custom_vjp import custom_vjp
 from gradtools.rules.rule import Approximate, Contract
 from gradtools.rules.signature import is_differentiable
-from gradtools.second_order.directional import vjp
+from gradtools.second_order.directional import linearize, vjp
 from gradtools.second_order.linear import System, solved
-from gradtools.second_order.primals import name_of
+from gradtools.second_order.primals import Primals, name_of
 from gradtools.second_order.solvers import Solve, named_solver
+from gradtools.second_order.sound import is_within_transforms
 
 __all__ = ["custom_fixed_point", "custom_root"]
 
@@ -108,6 +111,10 @@ def custom_fixed_point(
     return functools.partial(root.decorate, contract=contract or Approximate())
 
 
+_NEAR = 1e-2
+"""Of its size, how far a solution may be off where its derivative is checked."""
+
+
 class _Root:
     """An equation, and how its linearization is solved."""
 
@@ -127,7 +134,10 @@ class _Root:
 
         @functools.wraps(solver)
         def fun(init: Any, *theta: Any) -> Any:
-            return run(trees.map_tensors(torch.Tensor.detach, init), *theta)
+            out = run(trees.map_tensors(torch.Tensor.detach, init), *theta)
+            if is_checking() and not is_within_transforms():
+                self._refuse_unsolved(out[0] if has_aux else out, theta, fun.__name__)
+            return out
 
         def fwd(init: Any, *theta: Any) -> Any:
             out = fun(init, *theta)
@@ -146,6 +156,25 @@ class _Root:
         rule: Any = custom_vjp(fun, contract=contract)
         rule.defvjp(fwd, bwd)
         return rule
+
+    def _refuse_unsolved(self, x: Any, theta: Any, name: str) -> None:
+        """Raise where what the solver returned is no root, by the next Newton step.
+
+        There the derivative of what it computed is another one.
+        """
+        x, theta = trees.map_tensors(torch.Tensor.detach, (x, theta))
+        values = Primals((x,), 0, name).leaves
+        flat = Primals((self.F(x, *theta),), 0, name)
+        _, push = linearize(lambda x: self.F(x, *theta), x)
+        steps = Primals((self.solve(push, flat.tree(flat.leaves)),), 0, name).leaves
+        far = sum(float(step.abs().square().sum()) for step in steps)
+        size = sum(float(value.abs().square().sum()) for value in values)
+        if not far <= _NEAR**2 * max(size, 1.0):
+            raise TransformError(
+                f"{name}: what the solver returned is no solution: the next Newton "
+                f"step is {far**0.5:.1e} long, and the solution {size**0.5:.1e}",
+                fix="Let it iterate further, or correct the equation.",
+            )
 
     def _transposed(self, cotangent: Any, x: Any, theta: Any) -> Any:
         """Multiply with the transpose of ``dF/dx``."""

@@ -81,7 +81,8 @@ def gmres(
     enough = (_precision(b) if rtol is None else rtol) * torch.linalg.vector_norm(
         flat.b
     )
-    for _ in range(maxiter):
+    # As many as can be needed without rounding: in a trace they are all there.
+    for _ in range(min(maxiter, 2 * -(-len(flat.b) // restart))):
         residual = flat.b - flat.product(x)
         if is_over(torch.linalg.vector_norm(residual) > enough):
             break
