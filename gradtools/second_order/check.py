@@ -38,8 +38,8 @@ def check_second_order(
 
     In float64, along random directions: :func:`hvp`, :func:`hvp_fn` and
     :func:`linearize` of the gradient, called three times each, and what
-    torch.func.hessian does, forward over reverse. Where they disagree each operator of the function is tried by
-    itself, to name the one that is to blame.
+    torch.func.hessian does, forward over reverse. Where they disagree each operator of
+    the function is tried by itself, to name the one that is to blame.
 
     Args:
         f: From tensors in pytrees to a real scalar, smooth around the primals.

@@ -166,7 +166,7 @@ def _forward(
     try:
         with in_forward_mode():
             outputs, pushed, aux = by_duals(flat, leaves, vectors)
-    except NotImplementedError as error:
+    except RuntimeError as error:
         if not has_no_forward_mode(error):
             raise
         return None

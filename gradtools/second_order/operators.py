@@ -234,7 +234,14 @@ class CurvatureOperator:
         if len(vectors[0]) == 1:
             (*single,) = (vector[0] for vector in vectors)
             return [found[None] for found in products.product(single)]
-        return products.product(vectors, is_block=True)
+        try:
+            return products.product(vectors, is_block=True)
+        except RuntimeError:  # an operator, or a Function, that vmap cannot serve
+            singles = (
+                products.product([vector[place] for vector in vectors])
+                for place in range(len(vectors[0]))
+            )
+            return [torch.stack(column) for column in zip(*singles, strict=True)]
 
     def _at_the_best_pace(
         self, vectors: Tensors, count: int, memory: int

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
+from contextvars import ContextVar
 from functools import partial
 from typing import Any, NamedTuple, Protocol
 
@@ -16,6 +17,7 @@ import torch
 
 from gradtools import torch_compat
 from gradtools.errors import TransformError
+from gradtools.lowering.boundary import is_tracing
 from gradtools.lowering.forward_mode import alias
 from gradtools.second_order.primals import Flat, Tensors
 from gradtools.second_order.sound import (
@@ -28,6 +30,9 @@ from gradtools.second_order.stand_ins import wrong_at
 __all__ = ["Gradient", "Products", "Pullback"]
 
 Function = Callable[..., tuple[Tensors, Tensors]]
+
+_around: ContextVar[int] = ContextVar("_around", default=0)
+"""How many derivatives are taken, by what is here, of what runs now."""
 
 
 class Pullback:
@@ -57,13 +62,14 @@ class Pullback:
         self.graph: _Graph | None = None
         if is_within_transforms():
             with within_transforms():
-                found: Any = torch.func.vjp(function, *leaves, has_aux=True)
+                found = _vjp(function, leaves)
             self.outputs, self._pull, self.aux = found
             return
         if upon is None or upon.graph is None:
             run = _recorded(function, leaves, order)
         else:
-            run = _Run.of(function, leaves, upon.graph.goes_on, upon.graph.surroundings)
+            before = upon.graph
+            run = _Run.of(function, leaves, 0, before.goes_on, before.surroundings)
         graph = self.graph = _Graph(run, run.outputs)
         self.outputs = graph.shown(run.outputs)
         self.aux = graph.shown(run.aux)
@@ -129,7 +135,7 @@ class Gradient:
                 flat.scalar, argnums=tuple(range(len(leaves))), has_aux=True
             )
             with within_transforms():
-                found: Any = torch.func.vjp(gradient, *leaves, has_aux=True)
+                found = _vjp(gradient, leaves)
             self.grads, self._pull, (self.value, self.aux) = found
             return
         run = _recorded(flat.scalar_as_tuple, leaves, 2)
@@ -175,13 +181,18 @@ class _Run(NamedTuple):
         cls,
         function: Function,
         leaves: Tensors,
+        order: int,
         goes_on: bool,
         surroundings: Callable[[], AbstractContextManager[Any]],
     ) -> _Run:
-        """Run it."""
-        with surroundings(), torch.enable_grad():
-            inputs = [alias(leaf) for leaf in leaves]
-            outputs, aux = function(*inputs)
+        """Run it, to be differentiated so many times."""
+        outside = _around.set(_around.get() + order)
+        try:
+            with surroundings(), torch.enable_grad():
+                inputs = [alias(leaf) for leaf in leaves]
+                outputs, aux = function(*inputs)
+        finally:
+            _around.reset(outside)
         return cls(inputs, outputs, aux, goes_on, surroundings)
 
 
@@ -189,13 +200,15 @@ def _recorded(function: Function, leaves: Tensors, order: int) -> _Run:
     """Run a function; again with stand-ins, if its graph is not to be relied on."""
     can_go_on = torch.is_grad_enabled()
     goes_on = can_go_on and any(leaf.requires_grad for leaf in leaves)
-    run = _Run.of(function, leaves, goes_on, partial(plainly, order + goes_on))
+    total = order + max(_around.get(), goes_on)
+    run = _Run.of(function, leaves, order, goes_on, partial(plainly, total))
     nodes = list(_nodes(run.outputs))
     goes_on = goes_on or (can_go_on and _leads_elsewhere(nodes, run))
+    total = max(total, order + goes_on)
     run = run._replace(goes_on=goes_on)
-    if _wrong(nodes, order + goes_on):
-        run = _Run.of(function, leaves, goes_on, within_transforms)
-        remain = _wrong(_nodes(run.outputs), order + goes_on)
+    if _wrong(nodes, total):
+        run = _Run.of(function, leaves, order, goes_on, within_transforms)
+        remain = _wrong(_nodes(run.outputs), total)
         if remain:
             raise TransformError(
                 "torch has no right derivative of this order of "
@@ -248,6 +261,28 @@ class _Graph:
     def bytes_of_a_product(self) -> int:
         """Add up the gradients that flow along the graph's edges."""
         return sum(map(torch_compat.bytes_of_gradients, _nodes(self.outputs)))
+
+
+def _vjp(function: Callable[..., tuple[Tensors, Any]], leaves: Tensors) -> Any:
+    """Return outputs, pullback and aux by torch.func.
+
+    Under forward mode torch's pullback fails for an input that nothing depends on, with
+    an internal assertion (it asks the tensor of a transform that is over for zeros). So
+    there something depends on each, by a sum of no elements.
+    """
+
+    def touching(*inputs: torch.Tensor) -> tuple[Tensors, Any]:
+        outputs, aux = function(*inputs)
+        if not outputs:
+            return outputs, aux
+        first, *others = outputs
+        for tensor in inputs:
+            nothing = tensor.reshape(-1)[:0].abs().sum()
+            first = first + nothing.to(first.dtype)
+        return (first, *others), aux
+
+    is_moving = not is_tracing() and torch_compat.forward_ad_active()
+    return torch.func.vjp(touching if is_moving else function, *leaves, has_aux=True)
 
 
 def _by_torch_func(

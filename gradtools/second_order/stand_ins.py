@@ -7,6 +7,7 @@ torch's operators:
 - ``layer_norm``, ``batch_norm`` and ``instance_norm`` take the mean and the deviation
   for constants in their second derivative, so that a third is wrong, and so are dual
   numbers through a backward, and the backward of a batched one;
+- ``logcumsumexp`` has a third one that is NaN;
 - ``linear_cross_entropy`` by chunks keeps gradients of its own making;
 - ``cdist``, ``pdist``, ``embedding_bag`` and ``hardsigmoid`` have no second derivative,
   the fused kernels of ``scaled_dot_product_attention`` neither that nor forward mode;
@@ -198,6 +199,15 @@ def pdist(input: Tensor, p: float = 2.0) -> Tensor:
     return torch.linalg.vector_norm(input[rows] - input[columns], p, -1)
 
 
+def logcumsumexp(input: Tensor, dim: int) -> Tensor:
+    """Return the logarithm of the cumulative sum of exponentials, sum by sum."""
+    count = input.shape[dim] if input.dim() else 1
+    x = input.reshape(1, 1) if input.dim() == 0 else input.movedim(dim, -1)
+    earlier = torch.ones(count, count, dtype=torch.bool, device=x.device).tril()
+    sums = x.unsqueeze(-2).masked_fill(~earlier, -torch.inf).logsumexp(-1)
+    return sums.reshape(()) if input.dim() == 0 else sums.movedim(-1, dim)
+
+
 def hardsigmoid(input: Tensor, inplace: bool = False) -> Tensor:
     """Return a sigmoid of three pieces."""
     return functional.relu6(input + 3) / 6
@@ -278,6 +288,7 @@ STAND_INS: Mapping[str, StandIn] = {
     "layer_norm": StandIn(layer_norm, ("NativeLayerNormBackward0",), 3),
     "batch_norm": StandIn(batch_norm, _BATCH_NORMS, 3),
     "instance_norm": StandIn(instance_norm, (), 3),
+    "logcumsumexp": StandIn(logcumsumexp, ("LogcumsumexpBackward0",), 3),
     "cdist": StandIn(cdist, ("CdistBackward0",)),
     "pdist": StandIn(pdist, ("PdistBackward0",)),
     "hardsigmoid": StandIn(hardsigmoid, ("HardsigmoidBackward0",)),

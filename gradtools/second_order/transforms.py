@@ -167,7 +167,7 @@ def jacfwd(
         try:
             with in_forward_mode():
                 found = by_forward(*args, **kwargs)
-        except NotImplementedError as error:
+        except RuntimeError as error:
             if not has_no_forward_mode(error):
                 raise
             return by_reverse(*args, **kwargs)

@@ -55,17 +55,13 @@ def inputs_of(case: Case) -> tuple[torch.Tensor, ...]:
 def scalar_of(case: Case) -> Callable[..., torch.Tensor]:
     """Return a scalar function of these tensors that depends on all that comes out."""
     leaves, spec = pytree.tree_flatten((case.args, case.kwargs))
+    pairs = list(zip(leaves, case.marks, strict=True))
 
     def outputs(xs: Tensors) -> list[torch.Tensor]:
         torch.default_generator.manual_seed(0)  # an operator may draw
         given = iter(xs)
-        args, kwargs = pytree.tree_unflatten(
-            [
-                next(given) if mark else leaf
-                for leaf, mark in zip(leaves, case.marks, strict=True)
-            ],
-            spec,
-        )
+        filled = [next(given) if mark else leaf for leaf, mark in pairs]
+        args, kwargs = pytree.tree_unflatten(filled, spec)
         leaves_out = pytree.tree_leaves(case.fun(*args, **kwargs))
         outs = filter(false_alarms.is_floating, leaves_out)
         dense = (x if x.layout == torch.strided else x.to_dense() for x in outs)
@@ -112,21 +108,19 @@ def reverse_over_reverse(phi, xs, v) -> Tensors:
     return torch.autograd.grad(along, leaves, materialize_grads=True)
 
 
-def forward_over_reverse(phi, xs, v) -> Tensors:
-    """Return the Hessian times a direction by jvp of grad."""
-    return torch.func.jvp(torch.func.grad(phi, tuple(range(len(xs)))), xs, v)[1]
-
-
-def reverse_over_forward(phi, xs, v) -> Tensors:
-    """Return the Hessian times a direction by grad of jvp."""
-    numbers = tuple(range(len(xs)))
-    return torch.func.grad(lambda *xs: torch.func.jvp(phi, xs, v)[1], numbers)(*xs)
+def numbers(xs: Tensors) -> tuple[int, ...]:
+    """Return the positions of all arguments."""
+    return tuple(range(len(xs)))
 
 
 SECOND = {
     "reverse over reverse": reverse_over_reverse,
-    "forward over reverse": forward_over_reverse,
-    "reverse over forward": reverse_over_forward,
+    "forward over reverse": lambda phi, xs, v: torch.func.jvp(
+        torch.func.grad(phi, numbers(xs)), xs, v
+    )[1],
+    "reverse over forward": lambda phi, xs, v: torch.func.grad(
+        lambda *ys: torch.func.jvp(phi, ys, v)[1], numbers(xs)
+    )(*xs),
 }
 
 
