@@ -26,6 +26,8 @@ from gradtools.rules.rule import Approximate, Exact, Surrogate
 from gradtools.second_order.cg import cg
 from gradtools.second_order.check import check_second_order
 from gradtools.second_order.directional import jvp, linearize, vjp
+from gradtools.second_order.eigenvalues import hessian_eigs
+from gradtools.second_order.estimators import hessian_diag, hessian_trace
 from gradtools.second_order.functional import functional
 from gradtools.second_order.implicit import custom_fixed_point, custom_root
 from gradtools.second_order.linear import linear_solve
@@ -66,6 +68,9 @@ __all__ = [
     "grad_map",
     "gradcheck_policy",
     "hessian",
+    "hessian_diag",
+    "hessian_eigs",
+    "hessian_trace",
     "hvp",
     "hvp_fn",
     "is_checking",

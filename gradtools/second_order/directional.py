@@ -21,6 +21,7 @@ from gradtools.second_order.sound import (
     has_no_forward_mode,
     in_forward_mode,
     is_under_way,
+    usable,
 )
 
 __all__ = ["jvp", "linearize", "transposed", "vjp"]
@@ -193,7 +194,8 @@ def _by_dual_numbers(
     flat: Flat, leaves: Tensors, vectors: Tensors
 ) -> tuple[Tensors, Tensors, Tensors]:
     with forward_ad.dual_level():
-        outputs, aux = flat(*map(forward_ad.make_dual, leaves, vectors))
+        inputs = map(usable, leaves)
+        outputs, aux = flat(*map(forward_ad.make_dual, inputs, vectors))
         pairs = [forward_ad.unpack_dual(out) for out in outputs]
         aux = tuple(forward_ad.unpack_dual(tensor).primal for tensor in aux)
     pushed = [torch.zeros_like(p) if t is None else t for p, t in pairs]

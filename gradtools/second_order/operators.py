@@ -150,7 +150,7 @@ class CurvatureOperator:
         parts = vector.split([leaf.numel() for leaf in leaves], -1)
         return self._tree(
             [
-                part.reshape(*vector.shape[:-1], *leaf.shape)
+                part.reshape((*vector.shape[:-1], *leaf.shape))
                 for part, leaf in zip(parts, leaves, strict=True)
             ]
         )

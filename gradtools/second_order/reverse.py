@@ -23,6 +23,7 @@ from gradtools.second_order.primals import Flat, Tensors
 from gradtools.second_order.sound import (
     is_within_transforms,
     plainly,
+    usable,
     within_transforms,
 )
 from gradtools.second_order.stand_ins import wrong_at
@@ -189,7 +190,7 @@ class _Run(NamedTuple):
         outside = _around.set(_around.get() + order)
         try:
             with surroundings(), torch.enable_grad():
-                inputs = [alias(leaf) for leaf in leaves]
+                inputs = [alias(usable(leaf)) for leaf in leaves]
                 outputs, aux = function(*inputs)
         finally:
             _around.reset(outside)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode
@@ -20,6 +19,7 @@ __all__ = [
     "is_under_way",
     "is_within_transforms",
     "plainly",
+    "usable",
     "within_transforms",
 ]
 
@@ -45,8 +45,9 @@ def is_under_way(tensors: Iterable[torch.Tensor]) -> bool:
     )
 
 
-def plainly(order: int) -> contextlib.AbstractContextManager[Any]:
-    """Return the context for plain autograd.
+@contextlib.contextmanager
+def plainly(order: int) -> Iterator[None]:
+    """Run functions under plain autograd, also in inference mode.
 
     What else torch does wrongly shows in the graph, see :class:`.Pullback`: a context
     that watches every function would cost some percent.
@@ -55,7 +56,12 @@ def plainly(order: int) -> contextlib.AbstractContextManager[Any]:
         order: How many derivatives are taken, one upon the other. At 1 a fused
             attention stays, for a second derivative of it would be an error by name.
     """
-    return _math_attention if order > 1 else contextlib.nullcontext()
+    with torch.inference_mode(False):
+        if order > 1:
+            with _math_attention:
+                yield
+        else:
+            yield
 
 
 @contextlib.contextmanager
@@ -73,6 +79,11 @@ def in_forward_mode() -> Iterator[None]:
     """
     with _one_at_a_time, _with_stand_ins(StandInsOfForwardMode()):
         yield
+
+
+def usable(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a tensor that can be differentiated in: a copy of one of inference mode."""
+    return tensor.clone() if tensor.is_inference() else tensor
 
 
 def has_no_forward_mode(error: RuntimeError) -> bool:
@@ -94,7 +105,7 @@ def _with_stand_ins(stand_ins: TorchFunctionMode) -> Iterator[None]:
         with stand_ins:
             yield
     else:
-        with stand_ins, _math_attention:
+        with torch.inference_mode(False), stand_ins, _math_attention:
             yield
 
 

@@ -167,7 +167,7 @@ def test_a_changed_number_is_seen(place, values, derivative):
     if derivative is by_backward:
         x.requires_grad_()
         step = torch.compile(held.rule, fullgraph=True, backend="aot_eager")
-        run = lambda x: by_backward(step, x)  # noqa: E731
+        run = lambda x: by_backward(step, x)
     else:
         run = torch.compile(
             lambda x: derivative(held.rule, x), fullgraph=True, backend="aot_eager"

@@ -1,0 +1,178 @@
+"""Diagonals, traces and eigenvalues, against the matrix."""
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+import gradtools as gt
+from gradtools.second_order.operators import CurvatureOperator
+
+N = 40
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def matrix(decay):
+    """Return a symmetric matrix whose eigenvalues fall like a power."""
+    basis = torch.linalg.qr(torch.randn(N, N, generator=generator()))[0]
+    values = torch.arange(1, N + 1).to(torch.float64) ** -decay
+    return basis @ torch.diag(values) @ basis.T
+
+
+def quadratic(A):
+    return lambda x: x @ A @ x / 2
+
+
+def trace(A, method, samples, seed):
+    return gt.hessian_trace(
+        quadratic(A),
+        torch.zeros(N),
+        method=method,
+        samples=samples,
+        generator=generator(seed),
+    )
+
+
+def test_an_exact_diagonal_in_the_structure_of_the_primals():
+    def f(d, y):
+        return (d["a"] ** 3).sum() * y + (d["a"] * y**2).sum()
+
+    d, y = {"a": torch.randn(3, 50)}, torch.tensor(2.0)
+    value, stderr = gt.hessian_diag(f, d, y)
+    assert_close(value[0]["a"], 6 * d["a"] * y)
+    assert_close(value[1], 2 * d["a"].sum())
+    assert (stderr[0]["a"] == 0).all()
+
+
+def test_an_exact_trace():
+    A = matrix(1.0)
+    value, stderr = gt.hessian_trace(quadratic(A), torch.zeros(N), method="exact")
+    assert_close(value, A.trace())
+    assert stderr == 0
+
+
+@pytest.mark.parametrize("method", ["hutchinson", "hutch++", "xtrace"])
+def test_an_estimated_trace_is_unbiased_and_its_error_honest(method):
+    A = matrix(0.5)
+    found = [trace(A, method, 18, seed) for seed in range(300)]
+    values = torch.stack([estimate.value for estimate in found])
+    errors = torch.stack([estimate.stderr for estimate in found])
+    assert abs(values.mean() - A.trace()) < 4 * values.std() / len(found) ** 0.5
+    assert 0.6 < errors.square().mean().sqrt() / values.std() < 1.7
+
+
+def test_low_rank_methods_are_better_where_the_spectrum_decays():
+    A = matrix(2.0)
+    spread = {
+        method: torch.stack([trace(A, method, 24, seed).value for seed in range(100)])
+        .sub(A.trace())
+        .square()
+        .mean()
+        for method in ("hutchinson", "hutch++", "xtrace")
+    }
+    assert spread["hutch++"] < spread["hutchinson"] / 20
+    assert spread["xtrace"] < spread["hutch++"]
+
+
+@pytest.mark.parametrize(("method", "samples"), [("hutch++", 3 * N), ("xtrace", 2 * N)])
+def test_with_products_enough_they_are_exact(method, samples):
+    A = matrix(1.0)
+    assert_close(trace(A, method, samples, 0).value, A.trace())
+
+
+@pytest.mark.parametrize("method", ["hutchinson", "hutch++", "xtrace"])
+def test_the_number_of_products_is_kept(method, monkeypatch):
+    count = 0
+    block = CurvatureOperator.block
+
+    def counted(self, *vectors, **options):
+        nonlocal count
+        count += len(vectors[0])
+        return block(self, *vectors, **options)
+
+    monkeypatch.setattr(CurvatureOperator, "block", counted)
+    trace(matrix(1.0), method, 20, 0)
+    assert count <= 20
+
+
+def test_an_estimated_diagonal_and_its_error():
+    A = matrix(0.5)
+    value, stderr = gt.hessian_diag(
+        quadratic(A),
+        torch.zeros(N),
+        method="hutchinson",
+        samples=400,
+        generator=generator(),
+    )
+    off = (value - A.diagonal()) / stderr
+    assert off.abs().max() < 5
+    assert 0.6 < off.std() < 1.6
+
+
+def test_a_generator_makes_it_repeatable():
+    A = matrix(1.0)
+    assert trace(A, "xtrace", 10, 3) == trace(A, "xtrace", 10, 3)
+    assert trace(A, "xtrace", 10, 3) != trace(A, "xtrace", 10, 4)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"method": "hutch"}, "there is no method 'hutch'"),
+        ({"method": "xtrace", "samples": 3}, "was given 3 samples"),
+        ({"samples": 1.5}, "was given 1.5 samples"),
+    ],
+)
+def test_what_cannot_be_estimated_is_refused(options, words):
+    with pytest.raises(gt.DefinitionError, match=words):
+        gt.hessian_trace(quadratic(matrix(1.0)), torch.zeros(N), **options)
+    with pytest.raises(gt.DefinitionError, match="no method 'xtrace'"):
+        gt.hessian_diag(quadratic(matrix(1.0)), torch.zeros(N), method="xtrace")
+
+
+@pytest.mark.parametrize("method", ["lanczos", "lobpcg"])
+@pytest.mark.parametrize("which", ["LA", "SA"])
+def test_eigenvalues_and_vectors(method, which):
+    A = matrix(1.0) - 0.3 * torch.eye(N)
+    values, vectors = gt.hessian_eigs(
+        lambda d: quadratic(A)(d["x"].flatten()),
+        {"x": torch.zeros(4, 10)},
+        k=3,
+        which=which,
+        method=method,
+        generator=generator(),
+    )
+    exact = torch.linalg.eigvalsh(A)
+    assert_close(
+        values, exact.flip(0)[:3] if which == "LA" else exact[:3], atol=1e-5, rtol=1e-5
+    )
+    for value, vector in zip(values, vectors["x"], strict=True):
+        flat = vector.flatten()
+        assert_close(A @ flat, value * flat, atol=1e-4, rtol=1e-4)
+        assert_close(flat.norm(), torch.tensor(1.0))
+
+
+def test_the_largest_in_absolute_value_of_a_small_one():
+    A = torch.diag(torch.tensor([1.0, -5.0, 2.0]))
+    values, _ = gt.hessian_eigs(quadratic(A), torch.zeros(3), k=2, which="LM")
+    assert_close(values, torch.tensor([-5.0, 2.0]))
+
+
+def test_eigenvalues_that_do_not_converge_are_an_error():
+    with pytest.raises(gt.TransformError, match=r"of 5 eigenvalues converged"):
+        gt.hessian_eigs(quadratic(matrix(0.1)), torch.zeros(N), k=5, maxiter=1)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"k": 0}, "k is 0, and there are 40 eigenvalues"),
+        ({"which": "SM"}, "there is no 'SM'"),
+        ({"method": "lobpcg", "which": "LM"}, "finds the largest or the smallest"),
+    ],
+)
+def test_what_eigenvalues_cannot_be_asked_for(options, words):
+    with pytest.raises(gt.DefinitionError, match=words):
+        gt.hessian_eigs(quadratic(matrix(1.0)), torch.zeros(N), **options)
