@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from gradtools import torch_compat
 from gradtools.errors import DefinitionError
 
 __all__ = ["functional"]
@@ -34,7 +35,7 @@ def functional(
         them goes to a copy.
 
     Raises:
-        DefinitionError: It is no module.
+        DefinitionError: It is no module, or its parameters are sharded (FSDP2).
 
     Example:
         >>> fn, params, buffers = gt.functional(torch.nn.Linear(2, 1, bias=False))
@@ -48,6 +49,18 @@ def functional(
             fix="A function is one already: hand it to hvp, grad, ... as it is.",
         )
     inner = module.module if isinstance(module, DistributedDataParallel) else module
+    sharded = [
+        name
+        for name, value in inner.named_parameters()
+        if torch_compat.is_foreign_subclass(value)
+    ]
+    if sharded:  # what FSDP2 gathers are its own parameters: all derivatives were zero
+        raise DefinitionError(
+            f"functional: {sharded[0]} and {len(sharded) - 1} more parameters are "
+            "sharded, and their module gathers none but its own",
+            fix="Take the module apart before fully_shard, and call the function with "
+            "{name: p.full_tensor() for name, p in module.named_parameters()}.",
+        )
 
     def fn(
         params: Mapping[str, torch.Tensor],

@@ -82,7 +82,7 @@ def in_forward_mode() -> Iterator[None]:
 
 
 def usable(tensor: torch.Tensor) -> torch.Tensor:
-    """Return a tensor that can be differentiated in: a copy of one of inference mode."""
+    """Return a tensor to differentiate in: a copy of one of inference mode."""
     return tensor.clone() if tensor.is_inference() else tensor
 
 
@@ -93,6 +93,7 @@ def has_no_forward_mode(error: RuntimeError) -> bool:
 
 _WITHOUT_FORWARD_MODE = (
     "forward AD",  # of an operator that has none
+    "forward mode AD",  # or of a Function
     "ZeroTensors are immutable",  # dual numbers in the backward of mse_loss
     "autograd.Function with functorch",  # a gradient inside, of an old Function
     "saved tensor hooks",  # or of a checkpoint

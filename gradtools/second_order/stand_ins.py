@@ -273,7 +273,8 @@ def _is_always(*args: Any, **kwargs: Any) -> bool:
 
 
 def _is_product(*args: Any, **kwargs: Any) -> bool:
-    return "prod" in (*args[3:4], kwargs.get("reduce"))
+    given = (*args, *kwargs.values())
+    return any(isinstance(value, str) and value == "prod" for value in given)
 
 
 _BATCH_NORMS = tuple(

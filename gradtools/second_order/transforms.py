@@ -121,12 +121,17 @@ def jacrev(
         tensor([[2., 0.],
                 [0., 4.]])
     """
-    jacobian = torch.func.jacrev(f, argnums, has_aux=has_aux, chunk_size=chunk_size)
 
     @_named("jacobian", f)
     def reverse(*args: Any, **kwargs: Any) -> Any:
+        jacobian = torch.func.jacrev(
+            functools.partial(f, **kwargs),
+            argnums,
+            has_aux=has_aux,
+            chunk_size=chunk_size,
+        )
         with within_transforms():
-            return jacobian(*args, **kwargs)
+            return jacobian(*args)
 
     return reverse
 
@@ -158,15 +163,20 @@ def jacfwd(
                 [0., 4.]])
     """
     by_reverse = jacrev(f, argnums, has_aux=has_aux)
-    by_forward = torch.func.jacfwd(f, argnums, has_aux=has_aux, randomness=randomness)
 
     @_named("jacobian", f)
     def forward(*args: Any, **kwargs: Any) -> Any:
         if is_under_way(_tensors((args, kwargs))):
             return by_reverse(*args, **kwargs)
+        by_forward = torch.func.jacfwd(
+            functools.partial(f, **kwargs),
+            argnums,
+            has_aux=has_aux,
+            randomness=randomness,
+        )
         try:
             with in_forward_mode():
-                found = by_forward(*args, **kwargs)
+                found = by_forward(*args)
         except RuntimeError as error:
             if not has_no_forward_mode(error):
                 raise
@@ -201,13 +211,15 @@ def hessian(
         tensor([[ 6.,  0.],
                 [ 0., 12.]])
     """
-    rows = torch.func.jacrev(f, argnums, has_aux=has_aux)
-    matrix = torch.func.jacrev(rows, argnums, has_aux=has_aux)
 
     @_named("hessian", f)
     def reverse_over_reverse(*args: Any, **kwargs: Any) -> Any:
+        rows = torch.func.jacrev(
+            functools.partial(f, **kwargs), argnums, has_aux=has_aux
+        )
+        matrix = torch.func.jacrev(rows, argnums, has_aux=has_aux)
         with within_transforms():
-            return matrix(*args, **kwargs)
+            return matrix(*args)
 
     return reverse_over_reverse
 
