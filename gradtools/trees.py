@@ -49,26 +49,36 @@ def flatten_like(tree: Any, spec: Spec) -> list[Any]:
     Raises:
         ValueError: The structure is another one.
     """
+    leaves: list[Any] = []
+    _add_leaves_like(tree, spec, leaves)
+    return leaves
+
+
+def _add_leaves_like(tree: Any, spec: Spec, leaves: list[Any]) -> None:
+    kind, inner = spec.type, spec.children()
     if tree is None:
-        return [None] * spec.num_leaves
-    if spec.is_leaf():
-        return [tree]
-    if spec.type is dict and type(tree) is dict:
+        leaves += [None] * spec.num_leaves
+        return
+    if kind is None:
+        leaves.append(tree)
+        return
+    if kind is tuple and type(tree) is tuple:  # this, and dicts, on every call
+        below = tree
+    elif kind is dict and type(tree) is dict:
         if tree.keys() != set(spec.context):
             raise ValueError("other keys")
         below = [tree[key] for key in spec.context]
     else:
         below, own = pytree.tree_flatten(tree, is_leaf=lambda node: node is not tree)
-        if (own.type, own.context) != (spec.type, spec.context):
+        if (own.type, own.context) != (kind, spec.context):
             raise ValueError("another type")
-    inner = spec.children()
     if len(below) != len(inner):
         raise ValueError("another length")
-    return [
-        leaf
-        for child, shape in zip(below, inner, strict=True)
-        for leaf in flatten_like(child, shape)
-    ]
+    for child, shape in zip(below, inner, strict=True):
+        if shape.type is None:
+            leaves.append(child)
+        else:
+            _add_leaves_like(child, shape, leaves)
 
 
 def has_sizes(spec: Spec) -> bool:

@@ -153,6 +153,7 @@ class _Root:
             return (None, *pull(adjoint))
 
         fun.__name__ = name_of(solver)
+        del fun.__wrapped__  # its parameters: a default is no part of the equation
         rule: Any = custom_vjp(fun, contract=contract)
         rule.defvjp(fwd, bwd)
         return rule

@@ -140,7 +140,7 @@ class Gradient:
             self.grads, self._pull, (self.value, self.aux) = found
             return
         run = _recorded(flat.scalar_as_tuple, leaves, 2)
-        with run.surroundings():
+        with run.surroundings():  # a checkpoint runs the function again
             grads = _gradient(run.outputs[0], run.inputs)
         graph = self.graph = _Graph(run, grads)
         (self.value,) = graph.shown(run.outputs)

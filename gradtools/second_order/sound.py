@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode
@@ -45,9 +46,8 @@ def is_under_way(tensors: Iterable[torch.Tensor]) -> bool:
     )
 
 
-@contextlib.contextmanager
-def plainly(order: int) -> Iterator[None]:
-    """Run functions under plain autograd, also in inference mode.
+def plainly(order: int) -> contextlib.AbstractContextManager[Any]:
+    """Return the context for plain autograd, also in inference mode.
 
     What else torch does wrongly shows in the graph, see :class:`.Pullback`: a context
     that watches every function would cost some percent.
@@ -56,12 +56,15 @@ def plainly(order: int) -> Iterator[None]:
         order: How many derivatives are taken, one upon the other. At 1 a fused
             attention stays, for a second derivative of it would be an error by name.
     """
-    with torch.inference_mode(False):
-        if order > 1:
-            with _math_attention:
-                yield
-        else:
-            yield
+    if torch.is_inference_mode_enabled():
+        return _out_of_inference_mode(order)
+    return _math_attention if order > 1 else contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def _out_of_inference_mode(order: int) -> Iterator[None]:
+    with torch.inference_mode(False), plainly(order):
+        yield
 
 
 @contextlib.contextmanager

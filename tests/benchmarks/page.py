@@ -81,6 +81,7 @@ def write(runs: Sequence[Run], pictures: Mapping[str, Sequence[Picture]]) -> str
             triton(found),
             instructions(found),
             memory(found),
+            curvature(found),
             start(found),
             others(found),
             check(found),
@@ -438,6 +439,35 @@ def keeping(found: Sequence[History]) -> str:
         "nothing. So the default stays: a second derivative that is right without "
         "another word is what a rule promises, only rules that read none of their "
         "inputs pay for it, and one word takes it back.\n\n"
+    )
+
+
+def curvature(found: Sequence[History]) -> str:
+    """Return what products of Hessians cost beside other spellings."""
+    mine = picked(found, section="second order")
+    bodies = []
+    for job in works(mine):
+        rows = [h.row for h in mine if h.row.work == job and h.row.unit == "us"]
+        names = list(dict.fromkeys(row.rule for row in rows))
+        spellings = dict.fromkeys(row.contender for row in rows)
+        lines = []
+        for spelling in spellings:
+            cells = {r.rule: r.value for r in rows if r.contender == spelling}
+            times = (f"{cells[n] / 1e3:,.1f}" if n in cells else "" for n in names)
+            lines.append((code(spelling), *times))
+        bodies.append(f"**{job}**, in milliseconds\n\n{table(('', *names), lines)}")
+    compared = [h for h in mine if h.row.unit == "ratio"]
+    lines = [
+        (*(row.work, row.rule, row.reference), with_interval(row), row.note)
+        for row in (h.row for h in compared)
+    ]
+    head = ("", "workload", "beside", "gradtools", "who that is, and who is left out")
+    return section(
+        "Second order",
+        "Each product beside every other spelling on the same workload; what raises "
+        "there, or is off by more than a thousandth, does not count. Peaks are of "
+        "what is alive at once, to the byte. An empty cell: not right there.",
+        "\n".join((*bodies, table(head, lines))) if mine else "",
     )
 
 

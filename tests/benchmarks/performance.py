@@ -21,11 +21,13 @@ import torch
 
 from tests.benchmarks import (
     compiled,
+    curvature,
     first_check,
     instructions,
     jax_twin,
     kept,
     ledger,
+    meta_step,
     page,
     plots,
     speed,
@@ -52,20 +54,24 @@ def sections(effort: Effort, is_quick: bool) -> dict[str, Section]:
     anywhere: dict[str, Section] = {
         "speed": lambda: speed.measure(effort),
         "vmap": lambda: speed.measure_vmap(effort),
+        "second order": lambda: curvature.measure(effort, is_quick),
         "memory": lambda: kept.measure(here, 3 if is_quick else kept.LAYERS),
         "triton": lambda: triton(effort),
         # Dynamo, once it is imported, is in the way of every call: it comes late.
         "compiled": lambda: compiled.measure(effort, is_quick),
+        "MAML": lambda: meta_step.measure(effort),
     }
     names = (
         "start",
         "speed",
         "vmap",
+        "second order",
         "memory",
         "check",
         "instructions",
         "triton",
         "compiled",
+        "MAML",
         "jax",
     )
     able = anywhere if here == "cuda" else {**on_cpu, **anywhere}

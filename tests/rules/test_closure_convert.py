@@ -197,3 +197,23 @@ class Times(torch.autograd.Function):
 def test_a_tensor_that_cannot_be_exchanged_is_an_error():
     with pytest.raises(gt.DefinitionError, match="past torch's functions"):
         gt.closure_convert(lambda x: Times.apply(x, WEIGHT), X)
+
+
+def test_a_converted_function_may_be_an_argument_of_a_rule():
+    """The captured tensors are arguments by then: there is nothing left to look for."""
+    rule = gt.custom_vjp(lambda f, x, captured: f(x, *captured))
+    rule.def_fwd(lambda f, x, captured: (f(x, *captured), (f, x, captured)))
+
+    @rule.def_bwd
+    def _(residuals, g):
+        f, x, captured = residuals
+        _, pull = torch.func.vjp(lambda x, captured: f(x, *captured), x, captured)
+        return (None, *pull(g))
+
+    w, x = torch.randn(3, requires_grad=True), torch.randn(3)
+    converted, captured = gt.closure_convert(lambda x: x * w**3, x)
+    (first,) = torch.autograd.grad(
+        rule(converted, x, captured).sum(), w, create_graph=True
+    )
+    assert_close(first, 3 * x * w**2)
+    assert_close(torch.autograd.grad(first.sum(), w), (6 * x * w,))

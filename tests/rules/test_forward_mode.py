@@ -167,3 +167,22 @@ def test_a_bwd_that_is_linear_over_the_reals_only_is_linear():
     )
     expected = torch.func.jvp(lambda z: z.conj() * z, (z,), (z * 1j + 1,))
     assert_close(torch.func.jvp(rule, (z,), (z * 1j + 1,)), expected)
+
+
+def test_a_rule_that_calls_itself_has_a_forward_mode():
+    """As the solution of a linear system does, whose derivative is another solution."""
+    rule = gt.custom_vjp(lambda k, x: torch.exp(k * x))
+    rule.def_fwd(lambda k, x: (torch.exp(k * x), (k, x)))
+    rule.def_bwd(lambda residuals, g: {"x": g * residuals[0] * rule(*residuals)})
+    x, v = torch.randn(3), torch.randn(3)
+    assert_close(
+        torch.func.jvp(lambda x: rule(2.0, x), (x,), (v,))[1], 2 * torch.exp(2 * x) * v
+    )
+    stated = gt.custom_vjp(lambda k, x: torch.exp(k * x))
+    stated.def_fwd(lambda k, x: (torch.exp(k * x), (k, x)))
+    stated.def_bwd(lambda residuals, g: {"x": g * residuals[0] * stated(*residuals)})
+    stated.def_jvp(lambda p, t: (stated(*p), p[0] * t[1] * stated(*p)))
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x, v)
+        out = torch.autograd.forward_ad.unpack_dual(stated(2.0, dual)).tangent
+    assert_close(out, 2 * torch.exp(2 * x) * v)
