@@ -18,6 +18,7 @@ from gradtools.second_order.directional import linearize
 from gradtools.second_order.operators import hvp_fn
 from gradtools.second_order.primals import Argnums, Primals, Tensors, name_of
 from gradtools.second_order.products import hvp
+from gradtools.second_order.sound import has_no_forward_mode, in_forward_mode
 from gradtools.second_order.transforms import grad
 
 __all__ = ["check_second_order"]
@@ -128,6 +129,7 @@ class _Trial:
             [asked.tree(push(*move)) for move in self.directions],
         )
         yield self._forward_over_reverse()
+        yield self._forward_mode()
 
     def gradient(self) -> Callable[..., Tensors]:
         """Return the gradient as a function of the leaves."""
@@ -173,6 +175,21 @@ class _Trial:
         names = ", ".join(self.blamed(_by_jvp_of_jacrev)) or "no operator by itself"
         detail = f"{item.detail}; to blame: {names}; nothing here uses it"
         return Evidence(question, "not given", detail, item.error, "second order")
+
+    def _forward_mode(self) -> Evidence:
+        """Say whether jvp can go by forward mode, and if not, because of what."""
+        flat, move = self.asked.flat(self.f), tuple(self.directions[0])
+        try:
+            with in_forward_mode():
+                torch.func.jvp(flat, tuple(self.asked.leaves), move, has_aux=True)
+        except RuntimeError as error:
+            if not has_no_forward_mode(error):
+                raise
+            why = str(error).splitlines()[0]
+            detail = f"{why}; jvp goes by two reverse passes"
+            return Evidence("forward mode", "not given", detail, None, "forward mode")
+        detail = "every operator has it"
+        return Evidence("forward mode", "passed", detail, None, "forward mode")
 
     def _by_jvp_of_jacrev(self, move: Tensors) -> Tensors:
         flat = self.asked.flat(self.f)

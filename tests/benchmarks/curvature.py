@@ -32,6 +32,7 @@ FASTEST = "the fastest that is right"
 LEANEST = "that one's peak"
 GRADIENT = "one gradient"
 TOLERANCE = 1e-3
+FAR_BEHIND = 1.5
 SECTION = "second order"
 
 Tree = dict[str, torch.Tensor]
@@ -544,14 +545,29 @@ def measure(effort: Effort, is_quick: bool = False) -> Part:
     return Part(rows)
 
 
+def hopeless(runs: Mapping[str, Run], effort: Effort) -> dict[str, float]:
+    """Return the seconds of those that are far behind: no race needs to show it."""
+    clock = effort.race(1).clock
+    seconds = {name: min(clock(run, 1) for _ in range(2)) for name, run in runs.items()}
+    best = min(seconds.values())
+    return {
+        name: taken
+        for name, taken in seconds.items()
+        if taken > FAR_BEHIND * best and name != GRADTOOLS
+    }
+
+
 def of_job(job: str, work: Workload, effort: Effort) -> list[Row]:
     """Compare the spellings of a job on a workload."""
     right, wrong = able(job, work)
     most = effort.rounds // 5 if job in {"hvp", "ggnvp"} else effort.rounds // 14
     gradient = gt.grad(work.energy)
     once = {GRADIENT: lambda: gradient(work.params)}
-    found = effort.race(max(3, most)).run({**right, **once})
-    peers = [name for name in right if name != GRADTOOLS]
+    slow = hopeless(right, effort)
+    racing = {name: run for name, run in right.items() if name not in slow}
+    race = effort.race(max(3, most))._replace(warm_up=2)
+    found = race.run({**racing, **once})
+    peers = [name for name in racing if name != GRADTOOLS]
     fastest = min(peers, key=lambda name: found.time(name).value)
     left_out = "; ".join(f"{name} {why}" for name, why in wrong.items())
     note = f"{fastest}" + (f" ({left_out})" if left_out else "")
@@ -560,7 +576,11 @@ def of_job(job: str, work: Workload, effort: Effort) -> list[Row]:
     rows = [ledger.row(*names, FASTEST, "ratio", ratio, BARS[job], note)]
     rows += [
         ledger.row(SECTION, job, work.name, name, "", "us", found.time(name))
-        for name in (*right, GRADIENT)
+        for name in (*racing, GRADIENT)
+    ]
+    rows += [
+        ledger.exact(SECTION, job, work.name, name, "", "us", seconds * 1e6)
+        for name, seconds in slow.items()
     ]
     each = found.ratios(GRADTOOLS, GRADIENT) / COUNTS.get(job, 1)
     rows.append(

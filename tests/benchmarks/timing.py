@@ -69,17 +69,19 @@ class Race(NamedTuple):
         block: Seconds that one turn lasts, or one call if that takes longer.
         clock: What times a block.
         seed: Of the order of the turns.
+        warm_up: How often each is called before the clock starts.
     """
 
     rounds: int
     block: float = 2e-3
     clock: Stopwatch = on_cpu
     seed: int = 0
+    warm_up: int = WARM_UP
 
     def run(self, contenders: Mapping[Any, Run]) -> Rounds:
         """Return the seconds of a call, for each contender and round."""
         for run in contenders.values():
-            for _ in range(WARM_UP):  # first calls compile, check, fill caches
+            for _ in range(self.warm_up):  # first calls compile, check, fill caches
                 run()
         calls = {
             name: self.calls_of_block(run, self.block)

@@ -191,6 +191,15 @@ def test_the_check_passes_and_tells_of_torchs_own_mistake():
     assert {e.outcome for e in smooth.evidence} == {"passed"}
 
 
+def test_the_check_tells_where_jvp_takes_two_reverse_passes():
+    index = torch.tensor([0, 0, 1])
+    g = lambda x: (x.scatter_reduce(0, index, x + 3, "prod") ** 2).sum()
+    report = gt.check_second_order(g, X)
+    (item,) = (e for e in report.evidence if e.question == "forward mode")
+    assert item.outcome == "not given"
+    assert "scatter_reduce is wrong; jvp goes by two reverse passes" in item.detail
+
+
 class Detached(torch.autograd.Function):
     """Its second derivative is wrong: it saved a tensor that has no graph."""
 
