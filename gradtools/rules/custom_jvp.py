@@ -20,14 +20,14 @@ R = TypeVar("R")
 
 
 class CustomJVP(StatedRule[P, R]):
-    """A function with a forward-mode rule of its own; made by :func:`custom_jvp`."""
+    """A function with a forward-mode rule of its own; made by :func:`.custom_jvp`."""
 
     __slots__ = ()
 
     def defjvp(self, jvp: F) -> F:
         """State the rule: ``jvp(primals, tangents) -> (output, output_tangent)``.
 
-        See :meth:`def_jvp`, which this is under its name in JAX.
+        See :meth:`~.CustomVJP.def_jvp`, which this is under its name in JAX.
         """
         return self.def_jvp(jvp)
 
@@ -106,7 +106,7 @@ def custom_jvp(
         probe: Returns the arguments to check the rule on.
 
     Returns:
-        The function, with the methods of :class:`CustomJVP`; or a decorator.
+        The function, with the methods of :class:`.CustomJVP`; or a decorator.
 
     Raises:
         DefinitionError: An option means nothing.
