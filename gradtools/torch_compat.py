@@ -72,10 +72,19 @@ def forward_ad_active() -> bool:
     """Whether a forward-mode level is open, by itself or by torch.func.jvp.
 
     While AOT autograd traces a graph of Dynamo's, only functorch knows of the level.
-    Within the forward of a Function no tangent moves, whatever level is open.
     """
-    return (forward_ad._current_level >= 0 and torch._C._is_fwd_grad_enabled()) or (
+    return forward_ad._current_level >= 0 or (
         transforms_active() and any(map(_is_jvp, _interpreters()))
+    )
+
+
+def tangents_move() -> bool:
+    """Whether a rule that is called now would be asked for a tangent.
+
+    Not within the forward of a Function: what level is open is its own affair.
+    """
+    return forward_ad_active() and (
+        torch._C._is_fwd_grad_enabled() or any(map(_is_jvp, _interpreters() or ()))
     )
 
 
