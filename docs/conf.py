@@ -65,5 +65,6 @@ html_static_path = ["_static"]
 html_css_files = ["gradtools.css"]
 html_show_sphinx = False
 html_copy_source = False
+html_domain_indices = False
 pygments_style = "friendly"
 pygments_dark_style = "github-dark"
