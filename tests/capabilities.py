@@ -24,7 +24,7 @@ FOLDER = ROOT / "tests/transforms"
 PAGE = ROOT / "docs/capabilities.md"
 
 WRITING = "WRITE_CAPABILITIES"  # set in a run that the page follows
-PASSED, FAILED, ERROR, ABSENT = "✓", "failed", "error", "–"
+PASSED, FAILED, ERROR, ABSENT = "✓", "failed", "error", "."
 
 
 class Cell(NamedTuple):
@@ -226,9 +226,9 @@ def read(text: str) -> tuple[str, dict[tuple[str, str], str]]:
         name, *signs = line.strip("|").split(" | ")
         if len(signs) == len(cases) and not signs[0].isdigit():
             for case, sign in zip(cases, signs, strict=True):
-                sign = sign.strip()
-                if sign != ABSENT:
-                    cells[name.strip(), case] = reasons.get(sign, sign)
+                outcome = reasons.get(sign.strip(), sign.strip())
+                if outcome != ABSENT:
+                    cells[name.strip(), case] = outcome
     return found[1], cells
 
 

@@ -80,5 +80,8 @@ def test_the_worst_outcome_of_a_cell_counts():
         "t/test_a.py::test_b[needs-2]": "no device",
         "t/test_a.py::test_b[needs-3]": PASSED,
     }
-    assert recorder.outcomes(("needs",)) == {Cell("test_a", "test_b", "needs"): "no device"}
-    assert ERROR == capabilities.outcome_of(Report("x.py::test_it_is_an_error[n]", "passed"))
+    assert recorder.outcomes(("needs",)) == {
+        Cell("test_a", "test_b", "needs"): "no device"
+    }
+    error = Report("x.py::test_it_is_an_error[n]", "passed")
+    assert capabilities.outcome_of(error) == ERROR
