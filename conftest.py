@@ -1,6 +1,7 @@
 """The examples of README and of the docstrings are tests."""
 
 import doctest
+import itertools
 import sys
 import types
 from typing import Any
@@ -12,15 +13,19 @@ from sybil.parsers.rest import DocTestParser
 
 import gradtools as gt
 
+_DOCUMENTS = itertools.count(1)
 OPTIONS = doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS
 
 
 def _names(namespace: dict[str, Any]) -> None:
-    """Make the names of a document a module, for Dynamo imports what it guards on."""
-    module = types.ModuleType("document")
+    """Make the names of a document a module, for Dynamo imports what it guards on.
+
+    It keeps what it imported, so that each document has a module of its own.
+    """
+    module = types.ModuleType(f"document_{next(_DOCUMENTS)}")
     module.__getattr__ = namespace.get
-    sys.modules["document"] = module
-    namespace.update(torch=torch, gt=gt, __name__="document")
+    sys.modules[module.__name__] = module
+    namespace.update(torch=torch, gt=gt, __name__=module.__name__)
 
 
 pytest_collect_file = (
