@@ -1,8 +1,9 @@
-"""The examples of README and of the docstrings are tests."""
+"""The examples of README and of the docstrings are tests; the device of all tests."""
 
 import doctest
 import sys
 import types
+import warnings
 from typing import Any
 
 import torch
@@ -11,6 +12,23 @@ from sybil.parsers.markdown import PythonCodeBlockParser
 from sybil.parsers.rest import DocTestParser
 
 import gradtools as gt
+
+
+def pytest_addoption(parser: Any) -> None:
+    """Add the choice of a device, for what the tests make without naming one."""
+    parser.addoption("--device", choices=("cpu", "cuda"), default="cpu")
+
+
+def pytest_configure(config: Any) -> None:
+    """Choose the device before any test is imported, for some make tensors there.
+
+    By the default tensor type: torch.set_default_device would put a function mode
+    around every call, which is another way through gradtools.
+    """
+    if config.getoption("--device") == "cuda":
+        with warnings.catch_warnings(action="ignore"):  # it is deprecated
+            torch.set_default_tensor_type(torch.cuda.FloatTensor)
+
 
 OPTIONS = doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS
 
