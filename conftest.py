@@ -6,6 +6,7 @@ import types
 import warnings
 from typing import Any
 
+import pytest
 import torch
 from sybil import Sybil
 from sybil.parsers.markdown import PythonCodeBlockParser
@@ -28,6 +29,16 @@ def pytest_configure(config: Any) -> None:
     if config.getoption("--device") == "cuda":
         with warnings.catch_warnings(action="ignore"):  # it is deprecated
             torch.set_default_tensor_type(torch.cuda.FloatTensor)
+
+
+def pytest_collection_modifyitems(config: Any, items: list[pytest.Item]) -> None:
+    """Leave out what is about the CPU, where the tests run elsewhere."""
+    device = config.getoption("--device")
+    if device != "cpu":
+        reason = f"about the CPU's kernels, or numpy, which take no tensors of {device}"
+        for item in items:
+            if item.get_closest_marker("on_cpu"):
+                item.add_marker(pytest.mark.skip(reason=reason))
 
 
 OPTIONS = doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS

@@ -244,9 +244,7 @@ def direction(
             leaf.abs() + 1e-3 * scale if relative else scale
         )
         if part < 1:
-            drawn = torch.rand(
-                leaf.shape, generator=generator, device=generator.device
-            )
+            drawn = torch.rand(leaf.shape, generator=generator, device=generator.device)
             move = move * (drawn < part).to(leaf.device)
         moves[place] = move
     said = {p: _said(values, p, move) for p, move in moves.items()}

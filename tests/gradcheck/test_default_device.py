@@ -10,6 +10,8 @@ from torch.testing import assert_close
 import gradtools as gt
 from gradtools import testing
 
+pytestmark = pytest.mark.on_cpu
+
 
 @pytest.fixture(autouse=True)
 def _elsewhere():
