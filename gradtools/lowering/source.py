@@ -81,7 +81,7 @@ class Pattern(NamedTuple):
     materialize_grads: bool
     inputs: str
     has_free: bool
-    policy: str
+    policy: str = "first"
 
 
 def write(pattern: Pattern) -> str:
