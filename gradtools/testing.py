@@ -175,7 +175,7 @@ def _gradient_of(f: Callable[..., Any]) -> Callable[..., Any]:
 
     def gradient(*args: Any, **kwargs: Any) -> tuple[torch.Tensor, ...]:
         flat, leaves, _ = flattened(f, args, kwargs)
-        one = torch.ones((), dtype=torch.float64)
+        one = torch.ones((), dtype=torch.float64, device=leaves.tensors[0].device)
         return tuple(
             pulled_back(
                 lambda *tensors: [weighted(flat)(*tensors)],

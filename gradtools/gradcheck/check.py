@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable, Hashable, Sequence
-from typing import Any, get_args
+from typing import Any, cast, get_args
 
 import torch
 
@@ -16,6 +16,7 @@ from gradtools.gradcheck.examination import (
     examine_batch,
     examine_invented,
 )
+from gradtools.gradcheck.policy import Policy, gradcheck_policy
 from gradtools.gradcheck.report import Capability, Evidence, Report
 from gradtools.gradcheck.surroundings import in_fresh_thread
 from gradtools.lowering.flat import Plan
@@ -72,6 +73,10 @@ class Checker:
     def __init__(self) -> None:
         self.reports: dict[str, Report] = {}
         self.warned: set[str] = set()
+
+    def under(self, policy: str) -> gradcheck_policy:
+        """Return the context in which a policy is in force."""
+        return gradcheck_policy(cast("Policy", policy))
 
     def before_use(self, plan: Plan, leaves: Sequence[Any]) -> None:
         """Check the rule for the use at hand; raise again what was found."""

@@ -205,7 +205,10 @@ def _inner(first: Tensors, second: Tensors) -> float:
 def signs(like: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """Draw numbers of random sign and of sizes between 0.5 and 1.5, none near zero."""
     shape = (*like.shape, 2) if like.is_complex() else like.shape
-    values = torch.rand(shape, generator=generator, dtype=torch.float64) * 2 - 1
+    values = torch.rand(  # a generator draws on its own device, not on the default one
+        shape, generator=generator, dtype=torch.float64, device=generator.device
+    )
+    values = values * 2 - 1
     values += 0.5 * values.sign()
     if like.is_complex():
         values = torch.view_as_complex(values)
@@ -241,8 +244,8 @@ def direction(
             leaf.abs() + 1e-3 * scale if relative else scale
         )
         if part < 1:
-            drawn = torch.rand(leaf.shape, generator=generator) < part
-            move = move * drawn.to(leaf.device)
+            drawn = torch.rand(leaf.shape, generator=generator, device=generator.device)
+            move = move * (drawn < part).to(leaf.device)
         moves[place] = move
     said = {p: _said(values, p, move) for p, move in moves.items()}
     least = min((s for s in said.values() if s > 0), default=0.0)

@@ -141,7 +141,12 @@ def moved_off_kinks(probe: Probe, generator: torch.Generator) -> Probe:
     moved = {}
     for place in probe.places:
         leaf = probe.leaves[place]
-        noise = torch.rand(leaf.shape, generator=generator, dtype=torch.float64)
+        noise = torch.rand(
+            leaf.shape,
+            generator=generator,
+            dtype=torch.float64,
+            device=generator.device,
+        )
         step = (noise.to(leaf.device) + 0.5) * 1e-4
         size = leaf.abs() + 1e-2 * scale_of(leaf)
         moved[place] = leaf + (step * size).to(leaf.dtype)
@@ -261,7 +266,7 @@ def _made_up(leaf: Any, positive: bool, generator: torch.Generator) -> Any:
         return torch.zeros(shape, dtype=dtype, device=device)
     draw = torch.rand if positive else torch.randn
     wide = torch.complex128 if dtype.is_complex else torch.float64
-    values = draw(shape, generator=generator, dtype=wide)
+    values = draw(shape, generator=generator, dtype=wide, device=generator.device)
     if positive:
         values = 0.05 + 0.9 * values
     return values.to(device=device, dtype=dtype)

@@ -43,9 +43,11 @@ class Reference:
         self.source = "autograd" if self.by_autograd else "differences"
         total = self.leaf.numel()
         self.is_complete = self.by_autograd or total <= MOST_SAMPLED
-        self.places = torch.arange(total)
+        self.places = torch.arange(total, device="cpu")
         if not self.is_complete:
-            drawn = torch.randperm(total, generator=trial.subject.generator)
+            drawn = torch.randperm(
+                total, generator=trial.subject.generator, device="cpu"
+            )
             some = torch.cat([drawn[:MOST_SAMPLED], self._suspects(total)])
             self.places = some.unique()
         self.said = self.sampled([values[place] for values in trial.values])
@@ -57,7 +59,7 @@ class Reference:
             middle = (low + high) // 2
             halves = (low, middle), (middle, high)
             low, high = max(halves, key=lambda half: self._gap(*half))
-        return torch.arange(low, high)
+        return torch.arange(low, high, device="cpu")
 
     def _gap(self, low: int, high: int) -> float:
         """Return how far bwd is from differences along some of the elements."""

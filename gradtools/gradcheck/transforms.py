@@ -59,12 +59,15 @@ def flattened(
     return flat, leaves, spec
 
 
+def _count(like: torch.Tensor) -> torch.Tensor:
+    """Return 0, 1, 2, ..., one for each number of a tensor, where that is."""
+    return torch.arange(like.numel(), dtype=torch.float64, device=like.device)
+
+
 def _weights(outs: Iterable[torch.Tensor]) -> list[torch.Tensor]:
     """Return the same numbers for the same shapes, without drawing any."""
     return [
-        torch.cos(1.7 * torch.arange(out.numel(), dtype=torch.float64) + index)
-        .reshape(out.shape)
-        .to(device=out.device, dtype=out.dtype)
+        torch.cos(1.7 * _count(out) + index).reshape(out.shape).to(out.dtype)
         for index, out in enumerate(outs)
     ]
 
@@ -165,7 +168,9 @@ def weighted(flat: Flat) -> Callable[..., torch.Tensor]:
 
     def loss(*primals: torch.Tensor) -> torch.Tensor:
         outs = flat(*primals)
-        return torch.as_tensor(_inner(_weights(outs), outs)).to(torch.float64)
+        # A number goes with tensors of any device: the default one may be another.
+        zero = torch.zeros((), dtype=torch.float64, device="cpu")
+        return zero + _inner(_weights(outs), outs)
 
     return loss
 

@@ -179,7 +179,7 @@ class Lowered:
         if code is None:
             if len(self.codes) >= _MOST_CODES:
                 self.codes.clear()
-            code = express.Code(self.rule, pattern, self.chosen, self.owes)
+            code = express.Code(self.rule, pattern, self.chosen, self.owes, self.checks)
             self.codes[pattern] = code
         return code
 

@@ -14,9 +14,10 @@ import torch
 
 from gradtools import torch_compat, trees
 from gradtools.lowering import boundary, contract, functions, higher_order
-from gradtools.lowering.flat import Plan, noted
+from gradtools.lowering.flat import Plan, noted, under_policy
 from gradtools.lowering.residuals import Layout, Source
 from gradtools.lowering.source import Pattern, returned_names, write
+from gradtools.lowering.state import Checks
 from gradtools.lowering.text import compiled
 from gradtools.probing import moment
 from gradtools.rules.rule import Rule
@@ -61,6 +62,7 @@ class Code:
         pattern: Pattern,
         policy: Callable[[], str],
         owes: Callable[[Sequence[Any]], bool],
+        checks: Checks,
     ) -> None:
         self.pattern = pattern
         self.text = write(pattern)
@@ -70,7 +72,7 @@ class Code:
             "rule": rule,
             "fun": rule.fun,
             "fwd": rule.fwd,
-            "bwd": rule.bwd,
+            "bwd": under_policy(rule.bwd, pattern.policy, checks),
             "names": returned_names(pattern),
             "policy": policy,
             "owes": owes,
@@ -288,6 +290,7 @@ def pattern_of(
         materialize_grads=rule.materialize_grads,
         inputs=_inputs_of(plan, layout, leaves, constants),
         has_free=has_free,
+        policy=plan.policy,
     )
 
 

@@ -26,7 +26,7 @@ from gradtools.rules.rule import Rule
 from gradtools.rules.signature import CallSignature
 from gradtools.trees import Structure
 
-__all__ = ["Lowerable", "Plan", "autocast_state", "noted"]
+__all__ = ["Lowerable", "Plan", "autocast_state", "noted", "under_policy"]
 
 Tensors = Sequence[torch.Tensor]
 Optional = Sequence[torch.Tensor | None]
@@ -255,6 +255,7 @@ class Plan:
     ) -> Any:
         """Run the user's bwd on the user's containers; return what it returned."""
         rule = self.rule
+        bwd = under_policy(rule.bwd, self.policy, self.checks)
         residuals = layout.rebuild(kept)
         cotangent = layout.outputs.cotangents(cotangents)
         first: Sequence[Any] = ()
@@ -266,8 +267,8 @@ class Plan:
         try:
             if self.autocast or torch_compat.autocast_enabled():
                 with self.under_autocast():
-                    return rule.bwd(*first, residuals, cotangent, **extra)  # type: ignore[misc]
-            return rule.bwd(*first, residuals, cotangent, **extra)  # type: ignore[misc]
+                    return bwd(*first, residuals, cotangent, **extra)
+            return bwd(*first, residuals, cotangent, **extra)
         except Exception as error:
             noted(error, rule, "bwd")
             raise
@@ -415,6 +416,22 @@ def noted(error: Exception, rule: Rule, role: str) -> None:
     """Say on an exception of the user's code whose it is; it goes on as it is."""
     if not isinstance(error, GradtoolsError):
         error.add_note(f"raised in {rule.which(role)} of the rule {rule.where}")
+
+
+def under_policy(bwd: Any, policy: str, checks: Checks | None) -> Any:
+    """Return a bwd that runs under the policy of the gradient check at the call.
+
+    It may call rules, on a thread of autograd's, which does not see the caller's
+    context. "first", where no check is left, needs nothing.
+    """
+    if policy == "first" or checks is None:
+        return bwd
+
+    def under(*args: Any, **kwargs: Any) -> Any:
+        with checks.under(policy):
+            return bwd(*args, **kwargs)
+
+    return under
 
 
 def autocast_state(devices: Sequence[str]) -> tuple[tuple[str, torch.dtype], ...]:

@@ -58,6 +58,7 @@ class Pattern(NamedTuple):
         inputs: What a second derivative runs fwd on: "none" is needed; "kept": it is
             saved for bwd anyway; "apart"; "ends": there can be no second derivative.
         has_free: fwd or bwd reads variables that may come to hold tensors.
+        policy: The gradient check's policy, in force while bwd runs.
     """
 
     names: tuple[str, ...]
@@ -80,6 +81,7 @@ class Pattern(NamedTuple):
     materialize_grads: bool
     inputs: str
     has_free: bool
+    policy: str = "first"
 
 
 def write(pattern: Pattern) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import threading
 from collections.abc import Hashable, Sequence
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, Protocol
 
 from gradtools.errors import GradtoolsError, TransformError
@@ -56,6 +57,10 @@ class State:
 
 class Checks(Protocol):
     """What a plan tells of its uses; raises where the rule is found wrong."""
+
+    def under(self, policy: str) -> AbstractContextManager[Any]:
+        """Return the context in which a policy of the gradient check is in force."""
+        ...
 
     def before_use(self, plan: Plan, leaves: Sequence[Any]) -> None:
         """Hear that a plan is about to be used on these plain leaves."""

@@ -26,6 +26,8 @@ __all__ = ["check_second_order"]
 CALLS = 3
 """How often a reusable operator is called: some are right once only."""
 MOST_OPERATORS = 200
+_SCALARS: dict[str, Any] = {"dtype": torch.float64, "device": "cpu"}
+"""Numbers that go with tensors of any device, whatever the default one is."""
 
 
 def check_second_order(
@@ -261,10 +263,10 @@ class _Call(NamedTuple):
         args, kwargs = self.rebuilt(leaves)
         outs = trees.flatten(self.function(*args, **kwargs))[0]
         parts = [torch.sin(out + 0.3).sum() for out in outs if _is_double(out)]
-        weights = torch.linspace(1, 2, max(len(parts), 1), dtype=torch.float64)
+        weights = torch.linspace(1, 2, max(len(parts), 1), **_SCALARS)
         return sum(
             (w * part for w, part in zip(weights, parts, strict=True)),
-            torch.zeros((), dtype=torch.float64),
+            torch.zeros((), **_SCALARS),
         )
 
 
@@ -371,7 +373,9 @@ def _doubled(tensor: torch.Tensor) -> torch.Tensor:
 
 def _drawn(like: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """Return a direction of the size of a tensor, or of one."""
-    move = torch.randn(like.shape, generator=generator, dtype=like.dtype)
+    move = torch.randn(
+        like.shape, generator=generator, dtype=like.dtype, device=generator.device
+    )
     size = float(like.abs().mean()) if like.numel() else 0.0
     return move.to(like.device) * (size or 1.0)
 

@@ -167,7 +167,7 @@ class CurvatureOperator:
 
         return linalg.LinearOperator(
             self.shape,
-            dtype=torch.empty((), dtype=dtype).numpy().dtype,
+            dtype=torch.empty((), dtype=dtype, device="cpu").numpy().dtype,
             matvec=multiply,
             rmatvec=multiply,
             matmat=multiply,

@@ -70,7 +70,14 @@ def edited_and_restored(x):
         x.copy_(values)
 
 
-EDITS = [doubled, doubled_data, doubled_numpy, part_set, edited_and_restored]
+HERE = torch.empty(()).device  # where tensors are made: --device
+EDITS = [
+    doubled,
+    doubled_data,
+    pytest.param(doubled_numpy, marks=pytest.mark.on_cpu),
+    part_set,
+    edited_and_restored,
+]
 
 
 @pytest.mark.parametrize("edit", EDITS)
@@ -192,14 +199,14 @@ def test_an_edit_of_what_needs_no_gradient_is_part_of_the_function():
 
 def draws_of(source):
     if source == "a private generator":
-        generator = torch.Generator().manual_seed(0)
+        generator = torch.Generator(HERE).manual_seed(0)
         return lambda: torch.rand(4, generator=generator)
     if source == "a counter":
         calls = []
         return lambda: calls.append(0) or torch.full((4,), float(len(calls)))
     return {
         "torch": lambda: torch.rand(4),
-        "numpy": lambda: torch.from_numpy(np.random.rand(4)),
+        "numpy": lambda: torch.from_numpy(np.random.rand(4)).to(HERE),
         "random": lambda: torch.full((4,), random.random()),
     }[source]
 
@@ -252,7 +259,8 @@ def test_a_mask_that_fwd_draws_and_keeps_is_fine(source):
 @pytest.mark.parametrize("factor", [1.0, 2.0])
 def test_the_generators_are_where_they_were_after_a_check(factor):
     def drawn():
-        return torch.rand(4) + torch.from_numpy(np.random.rand(4)) + random.random()
+        by_numpy = torch.from_numpy(np.random.rand(4)).to(HERE)
+        return torch.rand(4) + by_numpy + random.random()
 
     def fwd(x):
         mask = drawn()

@@ -1,6 +1,7 @@
 """When a rule is checked: at its first use, by policy, and what is remembered."""
 
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -140,6 +141,26 @@ def test_the_policy_reaches_backward_threads_and_is_a_decorator_too():
 
     torch.testing.assert_close(run(), 2 * torch.cos(x()))
     torch.testing.assert_close(run(), 2 * torch.cos(x()))
+
+
+@pytest.mark.parametrize("times", [1, 6])  # the general way; generated code
+def test_the_policy_is_that_of_the_call_for_rules_that_bwd_calls_elsewhere(times):
+    inner = gt.custom_vjp(torch.sin)
+    inner.def_bwd(lambda residuals, g: (10 * g,))  # wrong: a check would find it
+    outer = gt.custom_vjp(torch.square)
+    outer.def_bwd(lambda residuals, g: (inner(g * 1.0),))
+    x = torch.ones(3, requires_grad=True)
+
+    def backward(y):
+        y.sum().backward()
+
+    with gt.gradcheck_policy("off"):
+        for _ in range(times):
+            y = outer(x)
+            with ThreadPoolExecutor(1) as pool:
+                pool.submit(backward, y).result()
+    with ThreadPoolExecutor(1) as pool, pytest.raises(gt.GradientMismatchError):
+        pool.submit(lambda: inner(x)).result()
 
 
 def test_an_unknown_policy_is_an_error(monkeypatch):

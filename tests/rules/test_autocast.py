@@ -9,6 +9,7 @@ from tests.rules.stating import stated
 
 pytestmark = pytest.mark.usefixtures("unchecked")
 
+DEVICE = torch.empty(()).device.type
 LOW, FULL = torch.bfloat16, torch.float32
 
 
@@ -23,14 +24,14 @@ def w():
 
 
 def under_autocast(dtype=LOW, **options):
-    return torch.autocast("cpu", dtype, **options)
+    return torch.autocast(DEVICE, dtype, **options)
 
 
 def product(seen, **options):
     """Return a matrix product that notes the state and dtypes of fwd and bwd."""
 
     def note(role, *tensors):
-        on = torch.is_autocast_enabled("cpu")
+        on = torch.is_autocast_enabled(DEVICE)
         seen[role] = (on, *(tensor.dtype for tensor in tensors))
 
     def fwd(x, w):
@@ -137,13 +138,13 @@ def test_the_option_casts_the_inputs_and_switches_autocast_off(x, w, dtype):
 def test_it_is_what_torchs_custom_fwd_does(x, w):
     class Native(torch.autograd.Function):
         @staticmethod
-        @torch.amp.custom_fwd(device_type="cpu", cast_inputs=LOW)
+        @torch.amp.custom_fwd(device_type=DEVICE, cast_inputs=LOW)
         def forward(ctx, x, w):
             ctx.save_for_backward(x, w)
             return x @ w
 
         @staticmethod
-        @torch.amp.custom_bwd(device_type="cpu")
+        @torch.amp.custom_bwd(device_type=DEVICE)
         def backward(ctx, g):
             x, w = ctx.saved_tensors
             return 10 * (g @ w.T), 10 * (x.T @ g)

@@ -195,6 +195,7 @@ def test_a_fwd_that_draws_only_later_is_replayed_too():
     assert_close((first, second), (3 * x**2 * mask, 6 * x * mask))
 
 
+@pytest.mark.on_cpu
 def test_randomness_of_fwd_that_torch_cannot_replay_is_refused():
     generator = torch.Generator().manual_seed(0)
 

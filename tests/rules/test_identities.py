@@ -179,6 +179,7 @@ def test_straight_through_has_the_gradient_of_the_identity(name):
     assert_close(torch.func.vmap(derivative(lambda x: through(x) ** 2))(X), 2 * y)
 
 
+@pytest.mark.on_cpu
 def test_straight_through_of_opaque_code_and_of_a_tree():
     x = X.clone().requires_grad_()
     through = gt.straight_through(ROUNDINGS["numpy"])

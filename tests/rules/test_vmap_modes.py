@@ -89,6 +89,7 @@ def numpy_rule(mode):
     return stated(fun, lambda x: (fun(x), x), bwd, vmap=mode)
 
 
+@pytest.mark.on_cpu
 @by_itself
 def test_numpy_code_is_vectorized_by_other_means(mode):
     rule = numpy_rule(mode)
@@ -103,6 +104,7 @@ def test_numpy_code_is_vectorized_by_other_means(mode):
     assert_close(gradients(vmap(rule, 1, 1)(x) * B, x), (10 * B * B.cos(),))
 
 
+@pytest.mark.on_cpu
 def test_numpy_code_under_torchs_own_vmap_raises_with_a_note():
     with pytest.raises(RuntimeError, match="data pointer") as caught:
         vmap(derivative(numpy_rule("auto")))(B)

@@ -123,6 +123,7 @@ def test_a_hermitian_system():
     assert info.converged
 
 
+@pytest.mark.on_cpu
 def test_an_accelerator_is_asked_every_eight_steps(A, b, monkeypatch):
     looks = []
     monkeypatch.setattr(module, "is_over", lambda active: looks.append(active) or False)

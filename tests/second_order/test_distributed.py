@@ -28,9 +28,14 @@ def network():
 def data():
     generator = torch.Generator().manual_seed(1)
     return (
-        torch.randn(12, 4, generator=generator),
-        torch.randint(0, 3, (12,), generator=generator),
+        here(torch.randn(12, 4, generator=generator, device="cpu")),
+        here(torch.randint(0, 3, (12,), generator=generator, device="cpu")),
     )
+
+
+def here(tensor):
+    """Return a tensor on the device where tensors are made by default."""
+    return tensor.to(torch.empty(()).device)
 
 
 def loss_of(fn, buffers):
@@ -48,7 +53,7 @@ def shard(rank, world):
 def directions(params, count):
     generator = torch.Generator().manual_seed(2)
     return {
-        key: torch.randn(count, *p.shape, generator=generator)
+        key: here(torch.randn(count, *p.shape, generator=generator, device="cpu"))
         for key, p in params.items()
     }
 
@@ -121,11 +126,13 @@ def sharded_by_fsdp(rank, world):
     assert_close(op(one), whole(one))
 
 
-def child(rank, world, path, work):
+def child(rank, world, path, work, backend="gloo"):
+    if backend == "nccl":  # a process of its own: a deprecation stops nothing here
+        torch.set_default_tensor_type(torch.cuda.DoubleTensor)
     torch.set_default_dtype(torch.float64)
     torch.set_num_threads(1)
     dist.init_process_group(
-        "gloo",
+        backend,
         init_method=f"file://{path}",
         rank=rank,
         world_size=world,
@@ -148,3 +155,10 @@ def child(rank, world, path, work):
 )
 def test_over_processes(tmp_path, work, world):
     mp.spawn(child, (world, tmp_path / "rendezvous", work), nprocs=world)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_over_devices(tmp_path):
+    world = torch.cuda.device_count()
+    args = (world, tmp_path / "rendezvous", products_over_ranks, "nccl")
+    mp.spawn(child, args, nprocs=world)

@@ -11,7 +11,7 @@ N = 40
 
 
 def generator(seed=0):
-    return torch.Generator().manual_seed(seed)
+    return torch.Generator(torch.empty(()).device).manual_seed(seed)
 
 
 def matrix(decay):

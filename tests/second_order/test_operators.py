@@ -39,6 +39,7 @@ def test_three_products_value_and_gradient(trees):
     assert repr(op) == "<Hessian of 8 numbers>"
 
 
+@pytest.mark.on_cpu
 def test_flat_vectors_and_matrices(trees):
     primals, v = trees
     op = gt.hvp_fn(f, *primals)
@@ -106,6 +107,7 @@ def test_a_function_that_vmap_refuses_is_taken_one_by_one():
     assert_close(op.block(V, chunk=4), 6 * x * V)
 
 
+@pytest.mark.on_cpu
 def test_scipy_takes_it():
     Q = torch.randn(6, 6)
     A = Q @ Q.T + torch.eye(6)

@@ -225,6 +225,7 @@ def test_gauss_newton_is_the_product_of_its_factors():
     assert_close(aux, X)
 
 
+@pytest.mark.on_cpu
 def test_attention_is_fused_again_afterwards():
     q = torch.randn(1, 2, 4, 8)
     f = lambda q: (functional.scaled_dot_product_attention(q, q, q) ** 2).sum()

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+pytestmark = pytest.mark.on_cpu
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
 

@@ -8,7 +8,7 @@ from tests.transforms.compositions import weighted
 def test_autocast(agree):
     def composition(f, *args):
         args = [arg.requires_grad_() for arg in args]
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with torch.autocast(args[0].device.type, dtype=torch.bfloat16):
             out = f(*args)
         return torch.autograd.grad(weighted(out), args)
 
@@ -18,7 +18,7 @@ def test_autocast(agree):
 def test_double_backward_under_autocast(agree):
     def composition(f, *args):
         args = [arg.requires_grad_() for arg in args]
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with torch.autocast(args[0].device.type, dtype=torch.bfloat16):
             first = torch.autograd.grad(weighted(f(*args)), args, create_graph=True)
             total = sum(weighted(g, 2) for g in first)
         return torch.autograd.grad(total, args, materialize_grads=True)
