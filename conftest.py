@@ -43,6 +43,24 @@ def pytest_collection_modifyitems(config: Any, items: list[pytest.Item]) -> None
 
 
 _DOCUMENTS = itertools.count(1)
+_RUN: dict[Any, set[int]] = {}
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Run what stands before an example on its page, where workers share a page."""
+    example = getattr(item, "example", None)
+    if example is None:
+        return
+    done = _RUN.setdefault(item.path, set())
+    for earlier in example.document.examples():
+        if earlier.start >= example.start:
+            break
+        if earlier.start not in done:
+            done.add(earlier.start)
+            earlier.evaluate()
+    done.add(example.start)
+
+
 OPTIONS = doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS
 
 
