@@ -110,9 +110,20 @@ class GradientMismatchError(GradtoolsError, GradcheckError):
         kind: What the mistake looks like, in a word: ``"sign"``, ``"factor"``, ...
     """
 
-    def __init__(self, what: str, *, kind: str = "unknown", **parts: Any) -> None:
+    def __init__(
+        self,
+        what: str,
+        *,
+        kind: str = "unknown",
+        rule: str | None = None,
+        function: str | None = None,
+        violations: Sequence[Violation] = (),
+        fix: str | None = None,
+    ) -> None:
         self.kind = kind
-        super().__init__(what, **parts)
+        super().__init__(
+            what, rule=rule, function=function, violations=violations, fix=fix
+        )
 
     def __reduce__(self) -> tuple[Any, ...]:
         rebuild, parts = super().__reduce__()

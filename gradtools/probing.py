@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator
 
 __all__ = ["is_checking", "moment", "plainly", "probing"]
 
@@ -35,7 +35,7 @@ def is_checking() -> bool:
 
 
 @contextlib.contextmanager
-def probing() -> Iterator[None]:
+def probing() -> Generator[None]:
     """Mark what runs inside as part of a check."""
     moment.value += 1
     try:
@@ -45,7 +45,7 @@ def probing() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def plainly() -> Iterator[None]:
+def plainly() -> Generator[None]:
     """Run functions without the rules inside: their derivatives are not in question."""
     before, moment.is_plain = moment.is_plain, True
     try:

@@ -5,6 +5,7 @@ torch keeps the registry of container types in a private module, and users' own 
 no other. Everything above this module speaks of *leaves* and *structures*.
 """
 
+# pyright: reportPrivateUsage=false
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence

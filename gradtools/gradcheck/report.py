@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import numpy as np
 
 from gradtools.errors import GradtoolsError
+from gradtools.spelling import spelled
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -115,6 +116,7 @@ class Report:
             figures=later.figures or self.figures,
         )
 
+    @spelled
     def to_html(self, path: str | Path) -> Path:
         """Write the report, with pictures, as one file that needs no other.
 

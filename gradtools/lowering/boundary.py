@@ -18,6 +18,7 @@ treat specially are marked by attribute, and the crossing is made by the first t
 that needs it.
 """
 
+# pyright: reportPrivateUsage=false
 from __future__ import annotations
 
 import contextlib
@@ -128,7 +129,8 @@ def _at_trace_time(function: Callable[..., Any]) -> Callable[..., Any]:
 
     This is ``torch.compiler.assume_constant_result`` without its import of Dynamo.
     """
-    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    marked: Any = function
+    marked._dynamo_marked_constant = True
     return function
 
 

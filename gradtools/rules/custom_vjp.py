@@ -28,6 +28,7 @@ from gradtools.rules.methods import BoundRule, Method
 from gradtools.rules.options import name_of, refuse_options
 from gradtools.rules.rule import Contract, Exact, Rule, VmapMode
 from gradtools.rules.signature import Parameters
+from gradtools.spelling import spelled
 
 if TYPE_CHECKING:
     from gradtools.gradcheck.check import Checker
@@ -164,6 +165,7 @@ class StatedRule(Generic[P, R]):
         self._lowered = None
         self.written = Written()
 
+    @spelled
     def def_jvp(self, jvp: F) -> F:
         """State forward mode: ``jvp(primals, tangents) -> (output, output_tangent)``.
 
@@ -179,6 +181,7 @@ class StatedRule(Generic[P, R]):
         self._state(jvp=jvp)
         return jvp
 
+    @spelled
     def def_vmap(self, vmap_rule: F) -> F:
         """State what ``torch.func.vmap`` calls where no gradient is wanted.
 
@@ -254,6 +257,7 @@ class CustomVJP(StatedRule[P, R]):
 
     __slots__ = ()
 
+    @spelled
     def def_fwd(self, fwd: F) -> F:
         """State the forward: ``fwd(*args) -> (output, residuals)``.
 
@@ -268,6 +272,7 @@ class CustomVJP(StatedRule[P, R]):
         self._state(fwd=fwd)
         return fwd
 
+    @spelled
     def def_bwd(self, bwd: F) -> F:
         """State the backward: ``bwd(residuals, cotangent) -> cotangents``.
 
@@ -285,6 +290,7 @@ class CustomVJP(StatedRule[P, R]):
         self._state(bwd=bwd)
         return bwd
 
+    @spelled
     def defvjp(self, fwd: Callable[..., Any], bwd: Callable[..., Any]) -> None:
         """State forward and backward at once, as ``jax.custom_vjp`` does."""
         self._state(fwd=fwd, bwd=bwd)

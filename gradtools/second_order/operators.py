@@ -17,6 +17,7 @@ from gradtools.second_order.extras import extra
 from gradtools.second_order.primals import Argnums, Primals, Tensors
 from gradtools.second_order.products import GaussNewton
 from gradtools.second_order.reverse import Gradient, Products
+from gradtools.spelling import spelled
 
 __all__ = ["CurvatureOperator", "ggnvp_fn", "hvp_fn"]
 
@@ -92,6 +93,7 @@ class CurvatureOperator:
         given = self._primals.tangents(self._given(tangents))
         return self._tree(self._open().product(given))
 
+    @spelled
     def block(
         self, *vectors: Any, chunk: int | None = None, memory: int = MEMORY
     ) -> Any:
@@ -136,6 +138,7 @@ class CurvatureOperator:
             )
         return self(*self.apart(other))
 
+    @spelled
     def flatten(self, tree: Any, *, is_block: bool = False) -> torch.Tensor:
         """Lay a tree like the primals flat: ``(n,)``, or ``(k, n)`` for a block."""
         given = self._given(self.apart(tree))
@@ -144,6 +147,7 @@ class CurvatureOperator:
             return torch.cat([value.reshape(count, -1) for value in values], 1)
         return torch.cat([value.reshape(-1) for value in self._primals.tangents(given)])
 
+    @spelled
     def unflatten(self, vector: torch.Tensor) -> Any:
         """Undo :meth:`flatten`: for ``(n,)``, or ``(k, n)`` for a block."""
         leaves = self._primals.leaves
