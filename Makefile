@@ -28,6 +28,7 @@ lint: $(READY) ## Style and format
 
 types: $(READY) ## Static types of the package, and what users' checkers see of it
 	$(BIN)/basedpyright --pythonpath $(BIN)/python
+	$(BIN)/mypy --cache-dir $(VENV)/mypy
 
 unit: $(READY) ## Tests alone
 	$(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal

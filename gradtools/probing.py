@@ -23,13 +23,20 @@ def is_checking() -> bool:
     """Return whether the calling code runs inside a check of gradtools.
 
     A rule is run a few more times when it is first used. Code with a side effect asks
-    here, so that a log prints once per real call::
+    here, so that a log prints once per real call.
 
-        @rule.def_fwd
-        def _(x):
-            if not gt.is_checking():
-                print("called with", tuple(x.shape))
-            return x * 2, ()
+    Example:
+        >>> @gt.custom_vjp
+        ... def double(x):
+        ...     return 2 * x
+        >>> @double.def_fwd
+        ... def _(x):
+        ...     if not gt.is_checking():
+        ...         print("called with", tuple(x.shape))
+        ...     return 2 * x, ()
+        >>> _ = double.def_bwd(lambda residuals, g: 2 * g)
+        >>> double(torch.ones(2, requires_grad=True)).sum().backward()
+        called with (2,)
     """
     return moment.value > 0
 
