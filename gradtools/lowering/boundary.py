@@ -26,7 +26,6 @@ import gc
 import itertools
 import sys
 import types
-import warnings
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, ParamSpec, Protocol, TypeVar
@@ -41,6 +40,7 @@ from gradtools.lowering.stand_ins import Known, Unknown
 from gradtools.lowering.traced import STATE, Traced
 from gradtools.rules.rule import Rule
 from gradtools.rules.signature import CallSignature, flatten_entries
+from gradtools.warning import warn
 
 __all__ = [
     "Crossable",
@@ -321,10 +321,9 @@ def _is_exporting() -> bool:
 @_at_trace_time
 def _warn_of_export(name: str) -> None:
     """Say what torch.export leaves of a rule."""
-    warnings.warn(
+    warn(
         f"torch.export keeps the forward of the rule {name} only: what is exported has "
-        "the derivative of its function, not of the rule (pytorch#106388)",
-        stacklevel=2,
+        "the derivative of its function, not of the rule (pytorch#106388)"
     )
 
 

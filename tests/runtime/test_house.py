@@ -19,7 +19,7 @@ MODULES = {
 
 # From the ground up: a module imports from its own layer and those listed before it.
 LAYERS = [
-    r"gradtools\.(errors|spelling|trees|torch_compat|probing)",
+    r"gradtools\.(errors|spelling|trees|torch_compat|probing|warning)",
     r"gradtools\.rules\.(signature|rule)",
     r"gradtools\.lowering\..*",
     r"gradtools\.gradcheck\..*",
@@ -130,6 +130,7 @@ def test_the_public_names_are_sorted_documented_and_nothing_else():
         "spelling",
         "torch_compat",
         "trees",
+        "warning",
         "testing",
         "pytest_plugin",
     }  # the last two on import only
