@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from types import TracebackType
@@ -18,6 +19,7 @@ from gradtools.second_order.primals import Argnums, Primals, Tensors
 from gradtools.second_order.products import GaussNewton
 from gradtools.second_order.reverse import Gradient, Products
 from gradtools.spelling import spelled
+from gradtools.tables import as_html
 
 __all__ = ["CurvatureOperator", "ggnvp_fn", "hvp_fn"]
 
@@ -55,6 +57,18 @@ class CurvatureOperator:
     def __repr__(self) -> str:
         state = "" if self._products else ", closed"
         return f"<{self._name} of {self.shape[0]} numbers{state}>"
+
+    def _repr_html_(self) -> str:
+        leaves = self._primals.leaves
+        norms = [float(g.detach().norm()) for g in trees.flatten(self.grad)[0]]
+        rows = [
+            ("value", f"{float(self.value):.6g}"),
+            ("norm of the gradient", f"{math.hypot(*norms):.6g}"),
+            ("tensors", ", ".join(str(tuple(leaf.shape)) for leaf in leaves)),
+            ("dtype", ", ".join(sorted({str(leaf.dtype) for leaf in leaves}))),
+            ("device", ", ".join(sorted({str(leaf.device) for leaf in leaves}))),
+        ]
+        return as_html(repr(self), rows)
 
     def __enter__(self) -> CurvatureOperator:
         return self

@@ -19,7 +19,7 @@ MODULES = {
 
 # From the ground up: a module imports from its own layer and those listed before it.
 LAYERS = [
-    r"gradtools\.(errors|spelling|trees|torch_compat|probing|warning)",
+    r"gradtools\.(errors|spelling|trees|torch_compat|probing|tables|warning)",
     r"gradtools\.rules\.(signature|rule)",
     r"gradtools\.lowering\..*",
     r"gradtools\.gradcheck\..*",
@@ -129,6 +129,7 @@ def test_the_public_names_are_sorted_documented_and_nothing_else():
     modules |= {
         "spelling",
         "torch_compat",
+        "tables",
         "trees",
         "warning",
         "testing",
