@@ -274,9 +274,11 @@ class _Matching:
             self.match_leaf(node, value, where)
             return
         given = dict(trees.children(value) or ())
-        same_kind = type(value) is type(node) or (
-            type(value) is list and type(node) is tuple
-        )
+        same_kind = (
+            type(value) is type(node)
+            or (type(value) is list and type(node) is tuple)
+            or (type(value) is dict and type(node) not in (tuple, list))
+        )  # a dict serves for any container with its keys: a TensorDict, an OrderedDict
         if not same_kind or given.keys() != {key for key, _ in below}:
             self.report(
                 where,
