@@ -2,6 +2,7 @@
 
 import inspect
 import pickle
+import pkgutil
 import re
 from pathlib import Path
 
@@ -45,10 +46,10 @@ def mentioned(text):
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_documents_mention_nothing_that_is_not_there(page):
     for dotted in mentioned(page.read_text()):
-        value = gt
-        for part in dotted.split("."):
-            assert hasattr(value, part), f"{page.name} mentions gradtools.{dotted}"
-            value = getattr(value, part)
+        try:
+            pkgutil.resolve_name(f"gradtools.{dotted}")
+        except (AttributeError, ImportError):
+            pytest.fail(f"{page.name} mentions gradtools.{dotted}")
 
 
 def test_the_changelog_names_all_that_is_public():
