@@ -9,10 +9,13 @@ VENV   := $(if $(filter 2.13.0,$(TORCH)),.venv,.venv-$(TORCH))
 BIN    := $(VENV)/bin
 READY  := $(VENV)/ready
 WORKERS ?= 2
+# What `make package` runs of the tests.
+INSTALLED ?= tests/rules tests/runtime/test_distribution.py tests/runtime/test_house.py \
+    tests/runtime/test_public.py tests/runtime/test_spelling.py tests/neighbours
 
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help demo test lint types unit sweep bench format clean
+.PHONY: help demo test lint types unit package sweep bench format clean
 
 help: ## List the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 10
@@ -28,9 +31,17 @@ lint: $(READY) ## Style and format
 
 types: $(READY) ## Static types of the package, and what users' checkers see of it
 	$(BIN)/basedpyright --pythonpath $(BIN)/python
+	$(BIN)/mypy --cache-dir $(VENV)/mypy
 
 unit: $(READY) ## Tests alone
 	$(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal
+
+package: $(READY) ## Build wheel and sdist; test what they install
+	rm -rf dist
+	$(BIN)/python -m pip install -q -c constraints.txt --group package
+	$(BIN)/validate-pyproject pyproject.toml
+	$(BIN)/python -m build --no-isolation
+	WORKERS=$(WORKERS) .ci/installed $(BIN)/python $(INSTALLED)
 
 sweep: $(READY) ## Put the check to the test: mutants, torch's operators, cost
 	$(BIN)/python -m tests.benchmarks.mutants --jobs $(WORKERS)

@@ -59,6 +59,8 @@ pytest_collect_file = (
         setup=_names,
     )
     + Sybil(
-        parsers=[DocTestParser(OPTIONS)], patterns=["gradtools/**/*.py"], setup=_names
+        parsers=[DocTestParser(OPTIONS)],
+        patterns=["gradtools/*.py", "gradtools/**/*.py"],
+        setup=_names,
     )
 ).pytest()

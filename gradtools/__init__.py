@@ -41,6 +41,7 @@ from gradtools.second_order.transforms import (
     value_and_grad,
     vmap,
 )
+from gradtools.spelling import publish as _publish
 
 __all__ = [
     "Approximate",
@@ -90,6 +91,4 @@ __all__ = [
 ]
 __version__ = "0.1.0"
 
-for _name in __all__:  # in tracebacks and pickles they stand where they are found
-    if globals()[_name].__module__.startswith(__name__):  # vmap is torch.func's own
-        globals()[_name].__module__ = __name__
+_publish(__name__, globals())

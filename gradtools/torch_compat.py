@@ -1,14 +1,14 @@
-"""Everything that gradtools takes from torch by a private name, and what differs.
+"""What gradtools takes from torch by a private name, and what differs in 2.11 to 2.15.
 
-torch 2.11 to 2.15 are supported. A name used here says what it stands for, so that a
-change upstream has one place to be answered.
+A name says what it stands for, so that a change upstream has one place to be answered.
 """
 
+# pyright: reportPrivateUsage=false
 from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -91,12 +91,12 @@ def apply_of(function: type[torch.autograd.Function]) -> Callable[..., Any]:
 
     It is what ``Function.apply`` calls when it has found that out anew.
     """
-    return super(torch.autograd.Function, function).apply  # type: ignore[misc]
+    return getattr(super(torch.autograd.Function, function), "apply")  # noqa: B009
 
 
 def call_backward_directly(function: type[torch.autograd.Function]) -> None:
     """Have the engine call ``function.backward`` without a search for it each time."""
-    node: Any = function._backward_cls  # type: ignore[attr-defined]
+    node: Any = function._backward_cls
     node.apply = function.backward
     node.astray = False  # until a forward says otherwise
 
@@ -111,7 +111,7 @@ def dual_level() -> int:
 
 
 @contextlib.contextmanager
-def dual_level_announced(is_open: bool) -> Iterator[None]:
+def dual_level_announced(is_open: bool) -> Generator[None]:
     """Let Python know of a forward-mode level that a compiled graph has opened."""
     before = forward_ad._current_level
     if is_open and before < 0:
@@ -141,7 +141,7 @@ def is_being_differentiated() -> bool:
 
 
 @contextlib.contextmanager
-def forward_ad_enabled() -> Iterator[None]:
+def forward_ad_enabled() -> Generator[None]:
     """Compute tangents again where a Function's jvp has them switched off.
 
     Without it the outer of two nested forward modes sees constants (pytorch#197867).
@@ -309,7 +309,7 @@ is_fake: Callable[[torch.Tensor], bool] = fake_tensor.is_fake
 
 
 @contextlib.contextmanager
-def fake_tensors() -> Iterator[Callable[[Any], Any]]:
+def fake_tensors() -> Generator[Callable[[Any], Any]]:
     """Compute with shapes alone; gives the function that makes such tensors."""
 
     def fake(leaf: Any) -> Any:
@@ -386,7 +386,7 @@ def autocast_devices() -> list[str]:
 
 
 @contextlib.contextmanager
-def clean_autograd() -> Iterator[None]:
+def clean_autograd() -> Generator[None]:
     """Run as at the top level of a script: no inference mode, no hooks, no autocast."""
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
@@ -398,11 +398,11 @@ def clean_autograd() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _without_saved_tensors_hooks() -> Iterator[None]:
+def _without_saved_tensors_hooks() -> Generator[None]:
     """Take the caller's hooks away for a while (torch.func refuses to run under)."""
     hooks: list[Any] = []
     try:
-        while (top := _autograd._top_saved_tensors_default_hooks(True)) is not None:
+        while top := _autograd._top_saved_tensors_default_hooks(True):
             hooks.append(top)
             _autograd._pop_saved_tensors_default_hooks()
         yield

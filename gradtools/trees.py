@@ -5,6 +5,7 @@ torch keeps the registry of container types in a private module, and users' own 
 no other. Everything above this module speaks of *leaves* and *structures*.
 """
 
+# pyright: reportPrivateUsage=false
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -12,6 +13,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch.utils import _pytree as pytree
+
+from gradtools.errors import DefinitionError
 
 __all__ = [
     "Outline",
@@ -36,8 +39,28 @@ is_leaf: Callable[[Any], bool] = pytree.tree_is_leaf
 
 
 def unflatten(leaves: Iterable[Any], spec: Spec) -> Any:
-    """Put ``leaves`` back into the containers that ``spec`` describes."""
-    return pytree.tree_unflatten(leaves, spec)
+    """Put ``leaves`` back into the containers that ``spec`` describes.
+
+    Raises:
+        DefinitionError: A container of the user's loses a None; all of it would be
+            taken for one.
+    """
+    leaves = list(leaves)
+    tree = pytree.tree_unflatten(leaves, spec)
+    if any(leaf is None for leaf in leaves) and len(flatten(tree)[0]) != len(leaves):
+        raise DefinitionError(
+            f"a container among {_kinds(spec)} cannot hold None, which stands for what "
+            "has no derivative: an integer, or an output that was not used",
+            fix="Use a dict there, keep integers apart, or leave materialize_grads on.",
+        )
+    return tree
+
+
+def _kinds(spec: Spec) -> str:
+    """Return the names of the containers that are no plain ones."""
+    below = {name for child in spec.children() for name in [_kinds(child)] if name}
+    own = spec.type not in (None, tuple, list, dict)
+    return ", ".join(sorted(below | ({spec.type.__name__} if own else set())))
 
 
 def flatten_like(tree: Any, spec: Spec) -> list[Any]:

@@ -18,6 +18,7 @@ treat specially are marked by attribute, and the crossing is made by the first t
 that needs it.
 """
 
+# pyright: reportPrivateUsage=false
 from __future__ import annotations
 
 import contextlib
@@ -25,7 +26,6 @@ import gc
 import itertools
 import sys
 import types
-import warnings
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, ParamSpec, Protocol, TypeVar
@@ -40,6 +40,7 @@ from gradtools.lowering.stand_ins import Known, Unknown
 from gradtools.lowering.traced import STATE, Traced
 from gradtools.rules.rule import Rule
 from gradtools.rules.signature import CallSignature, flatten_entries
+from gradtools.warning import warn
 
 __all__ = [
     "Crossable",
@@ -128,7 +129,8 @@ def _at_trace_time(function: Callable[..., Any]) -> Callable[..., Any]:
 
     This is ``torch.compiler.assume_constant_result`` without its import of Dynamo.
     """
-    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    marked: Any = function
+    marked._dynamo_marked_constant = True
     return function
 
 
@@ -319,10 +321,9 @@ def _is_exporting() -> bool:
 @_at_trace_time
 def _warn_of_export(name: str) -> None:
     """Say what torch.export leaves of a rule."""
-    warnings.warn(
+    warn(
         f"torch.export keeps the forward of the rule {name} only: what is exported has "
-        "the derivative of its function, not of the rule (pytorch#106388)",
-        stacklevel=2,
+        "the derivative of its function, not of the rule (pytorch#106388)"
     )
 
 

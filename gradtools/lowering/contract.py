@@ -18,6 +18,7 @@ from gradtools.lowering.contents import hidden_tensors
 from gradtools.lowering.residuals import opaque_objects
 from gradtools.rules.rule import Rule
 from gradtools.rules.signature import CallSignature, Meta
+from gradtools.spelling import suggestion
 
 __all__ = [
     "cotangents",
@@ -240,7 +241,7 @@ class _Matching:
                 f"unknown names {', '.join(map(repr, unknown))}",
                 f"Return {{{own[0]!r}: {{...}}}}: the outer dict is by parameter name."
                 if own
-                else "Correct the name; a parameter left out of the dict gets zero.",
+                else f"{suggestion(unknown[0], at)} A parameter left out gets zero.",
             )
         return {at[name]: value for name, value in returned.items() if name in at}
 
@@ -273,9 +274,11 @@ class _Matching:
             self.match_leaf(node, value, where)
             return
         given = dict(trees.children(value) or ())
-        same_kind = type(value) is type(node) or (
-            type(value) is list and type(node) is tuple
-        )
+        same_kind = (
+            type(value) is type(node)
+            or (type(value) is list and type(node) is tuple)
+            or (type(value) is dict and type(node) not in (tuple, list))
+        )  # a dict serves for any container with its keys: a TensorDict, an OrderedDict
         if not same_kind or given.keys() != {key for key, _ in below}:
             self.report(
                 where,

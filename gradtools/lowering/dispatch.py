@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import types
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Hashable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -435,7 +435,7 @@ def _cast(leaf: Any, dtype: torch.dtype) -> Any:
 
 
 @contextlib.contextmanager
-def _without_autocast() -> Iterator[None]:
+def _without_autocast() -> Generator[None]:
     with contextlib.ExitStack() as stack:
         for device in torch_compat.autocast_devices():
             stack.enter_context(torch.autocast(device, enabled=False))

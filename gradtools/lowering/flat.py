@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -304,6 +304,7 @@ class Plan:
     def call_jvp(self, leaves: Sequence[Any], tangents: Sequence[Any]) -> Any:
         """Run the user's jvp rule on the user's containers; return what it returned."""
         rule, signature = self.rule, self.signature
+        jvp: Any = rule.jvp
         primals, moved = signature.entries(leaves), signature.entries(tangents)
         nondiff = rule.parameters.nondiff
         first = [
@@ -314,13 +315,13 @@ class Plan:
         moved = tuple(t for i, t in enumerate(moved) if i not in nondiff)
         try:
             with self.under_autocast():
-                return rule.jvp(*first, given, moved)  # type: ignore[misc]
+                return jvp(*first, given, moved)
         except Exception as error:
             noted(error, rule, "jvp")
             raise
 
     @contextlib.contextmanager
-    def under_autocast(self) -> Iterator[None]:
+    def under_autocast(self) -> Generator[None]:
         """Restore the autocast state of the call."""
         states = dict(self.autocast)
         with contextlib.ExitStack() as stack:

@@ -41,8 +41,8 @@ def generated(
 ) -> type[Function]:
     """Return a Direct with a forward and a backward that were written for a pattern."""
     function = named(Direct, name)
-    function.forward = staticmethod(forward)  # type: ignore[method-assign]
-    function.backward = staticmethod(backward)  # type: ignore[method-assign]
+    function.forward = staticmethod(forward)
+    function.backward = staticmethod(backward)
     torch_compat.call_backward_directly(function)
     return function
 
@@ -346,4 +346,4 @@ class _Trivial(inspect.Signature):
         return self._Bound(args, kwargs)
 
 
-Composable.forward.__signature__ = _Trivial()  # type: ignore[attr-defined]
+Composable.forward.__signature__ = _Trivial()

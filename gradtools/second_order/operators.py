@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from types import TracebackType
@@ -17,6 +18,8 @@ from gradtools.second_order.extras import extra
 from gradtools.second_order.primals import Argnums, Primals, Tensors
 from gradtools.second_order.products import GaussNewton
 from gradtools.second_order.reverse import Gradient, Products
+from gradtools.spelling import spelled
+from gradtools.tables import as_html
 
 __all__ = ["CurvatureOperator", "ggnvp_fn", "hvp_fn"]
 
@@ -55,6 +58,18 @@ class CurvatureOperator:
         state = "" if self._products else ", closed"
         return f"<{self._name} of {self.shape[0]} numbers{state}>"
 
+    def _repr_html_(self) -> str:
+        leaves = self._primals.leaves
+        norms = [float(g.detach().norm()) for g in trees.flatten(self.grad)[0]]
+        rows = [
+            ("value", f"{float(self.value):.6g}"),
+            ("norm of the gradient", f"{math.hypot(*norms):.6g}"),
+            ("tensors", ", ".join(str(tuple(leaf.shape)) for leaf in leaves)),
+            ("dtype", ", ".join(sorted({str(leaf.dtype) for leaf in leaves}))),
+            ("device", ", ".join(sorted({str(leaf.device) for leaf in leaves}))),
+        ]
+        return as_html(repr(self), rows)
+
     def __enter__(self) -> CurvatureOperator:
         return self
 
@@ -92,6 +107,7 @@ class CurvatureOperator:
         given = self._primals.tangents(self._given(tangents))
         return self._tree(self._open().product(given))
 
+    @spelled
     def block(
         self, *vectors: Any, chunk: int | None = None, memory: int = MEMORY
     ) -> Any:
@@ -136,6 +152,7 @@ class CurvatureOperator:
             )
         return self(*self.apart(other))
 
+    @spelled
     def flatten(self, tree: Any, *, is_block: bool = False) -> torch.Tensor:
         """Lay a tree like the primals flat: ``(n,)``, or ``(k, n)`` for a block."""
         given = self._given(self.apart(tree))
@@ -144,6 +161,7 @@ class CurvatureOperator:
             return torch.cat([value.reshape(count, -1) for value in values], 1)
         return torch.cat([value.reshape(-1) for value in self._primals.tangents(given)])
 
+    @spelled
     def unflatten(self, vector: torch.Tensor) -> Any:
         """Undo :meth:`flatten`: for ``(n,)``, or ``(k, n)`` for a block."""
         leaves = self._primals.leaves

@@ -254,9 +254,10 @@ class _Graph:
                 allow_unused=True,
                 is_grads_batched=is_block,
             )
-        if any(value is None for value in found):
+        values: list[torch.Tensor | None] = [*found]
+        if any(value is None for value in values):
             zeros = _zeros(self.inputs, given[0], is_block=is_block)
-            return [z if v is None else v for v, z in zip(found, zeros, strict=True)]
+            return [z if v is None else v for v, z in zip(values, zeros, strict=True)]
         return found
 
     def bytes_of_a_product(self) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from typing import Any
 
 import torch
@@ -62,20 +62,20 @@ def plainly(order: int) -> contextlib.AbstractContextManager[Any]:
 
 
 @contextlib.contextmanager
-def _out_of_inference_mode(order: int) -> Iterator[None]:
+def _out_of_inference_mode(order: int) -> Generator[None]:
     with torch.inference_mode(False), plainly(order):
         yield
 
 
 @contextlib.contextmanager
-def within_transforms() -> Iterator[None]:
+def within_transforms() -> Generator[None]:
     """Run functions under torch.func, or under the eyes of torch.compile."""
     with _with_stand_ins(StandIns()):
         yield
 
 
 @contextlib.contextmanager
-def in_forward_mode() -> Iterator[None]:
+def in_forward_mode() -> Generator[None]:
     """Run functions in forward mode, in one thread at a time.
 
     torch has one level of it for all threads of a process.
@@ -104,7 +104,7 @@ _WITHOUT_FORWARD_MODE = (
 
 
 @contextlib.contextmanager
-def _with_stand_ins(stand_ins: TorchFunctionMode) -> Iterator[None]:
+def _with_stand_ins(stand_ins: TorchFunctionMode) -> Generator[None]:
     if is_tracing():  # the graph of a trace must not throw switches
         with stand_ins:
             yield
