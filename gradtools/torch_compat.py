@@ -25,16 +25,17 @@ from torch.autograd import forward_ad
 from torch.autograd.function import _SingleLevelFunction
 
 __all__ = [
-    "AtOneLevel", "GradLevel", "VmapLevel", "apply_of", "attention_by_operators",
+    "NEEDS_VALUES", "AtOneLevel", "GradLevel", "VmapLevel", "apply_of",
+    "attention_by_operators",
     "autocast_devices", "autocast_enabled", "bytes_of_gradients",
     "call_backward_directly", "clean_autograd", "dual_level", "dual_level_announced",
     "dual_level_holder", "fake_tensors", "forward_ad_active", "forward_ad_enabled",
     "graph_is_kept", "has_tangent", "hint", "innermost_level", "innermost_transform",
     "is_at_open_level", "is_being_differentiated", "is_differentiated", "is_fake",
-    "is_foreign_subclass", "is_view", "is_view_of", "is_wrapped", "keep",
+    "is_foreign_subclass", "is_intercepted", "is_view", "is_view_of", "is_wrapped", "keep",
     "only_reverse_and_vmap", "order", "plain", "primal_of", "put_back",
     "requires_grad_at_any_level", "tangent_of", "transforms_active", "unwrap_if_dead",
-    "unwrapped_to", "vmap_flat",
+    "unwrapped_to", "version_of", "vmap_flat",
 ]  # fmt: skip
 
 transforms_active: Callable[[], bool] = torch._C._are_functorch_transforms_active
@@ -327,6 +328,34 @@ def is_foreign_subclass(tensor: torch.Tensor) -> bool:
     own: Any = type(tensor)
     return own.__torch_dispatch__ is not usual.__torch_dispatch__
 
+
+_dispatch_modes: Callable[[], int] = torch._C._len_torch_dispatch_stack
+_USUAL = (torch.Tensor, torch.nn.Parameter)
+
+
+def is_intercepted(tensors: Sequence[torch.Tensor]) -> bool:
+    """Whether tensors have no memory of their own, or a mode wants to see operations.
+
+    True in traces (fake tensors), under transforms, for meta tensors and DTensors.
+    """
+    return bool(_dispatch_modes()) or any(
+        tensor.is_meta
+        or (type(tensor) not in _USUAL and is_foreign_subclass(tensor))
+        or is_wrapped(tensor)
+        for tensor in tensors
+    )
+
+
+def version_of(tensor: torch.Tensor) -> int:
+    """Return how often torch has edited a tensor in place; 0 where nobody counts."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
+NEEDS_VALUES = (
+    fake_tensor.DataDependentOutputException,
+    fake_tensor.DynamicOutputShapeException,
+)
+"""What code raises that asks a tensor of a trace for its values."""
 
 is_view: Callable[[torch.Tensor], bool] = torch.Tensor._is_view
 """Whether autograd knows a tensor as a view."""

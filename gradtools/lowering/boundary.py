@@ -39,11 +39,13 @@ from gradtools.lowering.flat import Plan
 from gradtools.lowering.stand_ins import Known, Unknown
 from gradtools.lowering.traced import STATE, Traced
 from gradtools.rules.rule import Rule
-from gradtools.rules.signature import CallSignature, flatten_entries
+from gradtools.rules.signature import CallSignature, Parameters, flatten_entries
 
 __all__ = [
     "Crossable",
+    "Opaque",
     "call",
+    "call_kernel",
     "is_tracing",
     "register",
     "unseen",
@@ -112,14 +114,25 @@ class Crossable(Protocol):
         ...
 
 
+class Opaque(Protocol):
+    """A function that Dynamo cannot look into, and no derivative is asked of."""
+
+    key: str
+    parameters: Parameters
+
+    def run_entries(self, entries: Sequence[Any]) -> Any:
+        """Call it in eager mode, with bound arguments."""
+        ...
+
+
 _keys = itertools.count()
-_registry: weakref.WeakValueDictionary[str, Crossable] = weakref.WeakValueDictionary()
+_registry: weakref.WeakValueDictionary[str, Any] = weakref.WeakValueDictionary()
 
 
-def register(rule: Crossable) -> str:
+def register(target: Crossable | Opaque) -> str:
     """Return the name by which a rule is found on the other side."""
     key = f"rule {next(_keys)}"
-    _registry[key] = rule
+    _registry[key] = target
     return key
 
 
@@ -341,17 +354,7 @@ def _cross(
     """Call a rule through a call that Dynamo does not look into."""
     _ = {target.key}  # a constant from here on, see below
     _prepare(target.key)
-    skeleton: Any = tuple(range(len(leaves)))
-    if len(entries) != len(leaves) or any(
-        a is not b for a, b in zip(entries, leaves, strict=True)
-    ):
-        skeleton = trees.unflatten(range(len(leaves)), trees.flatten(tuple(entries))[1])
-    holes = [
-        (index, _identity(leaf))
-        for index, leaf in enumerate(leaves)
-        if not isinstance(leaf, _PLAIN)
-    ]
-    given = [leaf if isinstance(leaf, _PLAIN) else 0 for leaf in leaves]
+    skeleton, given, holes = _luggage(entries, leaves)
     numbers: list[Any] = []
     for path in target.reads:
         value = free_variables.follow(target.rule, path)
@@ -367,6 +370,31 @@ def _cross(
     return _crossing(target.key, skeleton, given, holes, moved)
 
 
+def call_kernel(target: Opaque, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Call a function that Dynamo does not look into while it traces."""
+    entries = target.parameters.bind(args, kwargs)
+    leaves, _ = flatten_entries(entries)
+    _ = {target.key}
+    _make_crossing()
+    return _crossing(target.key, *_luggage(entries, leaves), False)
+
+
+def _luggage(entries: Sequence[Any], leaves: Sequence[Any]) -> tuple[Any, Any, Any]:
+    """Return what may cross: numbers in the containers, the leaves, what is missing."""
+    skeleton: Any = tuple(range(len(leaves)))
+    if len(entries) != len(leaves) or any(
+        a is not b for a, b in zip(entries, leaves, strict=True)
+    ):
+        skeleton = trees.unflatten(range(len(leaves)), trees.flatten(tuple(entries))[1])
+    holes = [
+        (index, _identity(leaf))
+        for index, leaf in enumerate(leaves)
+        if not isinstance(leaf, _PLAIN)
+    ]
+    given = [leaf if isinstance(leaf, _PLAIN) else 0 for leaf in leaves]
+    return skeleton, given, holes
+
+
 _PLAIN = (torch.Tensor, bool, int, float, complex, str, torch.dtype, torch.device)
 
 _crossing: Any = None
@@ -374,8 +402,8 @@ _outside: Any = None
 
 
 @_at_trace_time
-def _prepare(key: str) -> None:
-    """Make the crossing, and list anew what the rule's functions read."""
+def _make_crossing() -> None:
+    """Make the crossing."""
     global _crossing, _outside
     import torch._dynamo
 
@@ -386,6 +414,12 @@ def _prepare(key: str) -> None:
             reason="gradtools: forward mode around a compiled region loses the rule; "
             "open the level (or call jvp) inside the compiled function",
         )
+
+
+@_at_trace_time
+def _prepare(key: str) -> None:
+    """Make the crossing, and list anew what the rule's functions read."""
+    _make_crossing()
     target = _registry[key]
     functions = {
         role: getattr(target.rule, role) for role in ("fun", "fwd", "bwd", "jvp")

@@ -1,0 +1,236 @@
+"""A kernel as operators of torch, for what looks at tensors instead of computing.
+
+``torch.compile``, ``torch.export`` and dispatch modes see one operator per structure of
+arguments, in the namespace ``gradtools``, with a schema made from a call. It is made
+when the first trace meets it (a millisecond), never at definition.
+
+An operator holds its kernel weakly and stays registered when that is gone: a graph may
+still name it.
+"""
+
+from __future__ import annotations
+
+import re
+import threading
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import torch
+
+from gradtools import torch_compat, trees
+from gradtools.errors import DefinitionError, TransformError
+from gradtools.rules.rule import place
+from gradtools.rules.signature import Parameters
+
+__all__ = ["Operators"]
+
+NAMESPACE = "gradtools"
+
+
+class Opaque(Protocol):
+    """What an operator calls."""
+
+    name: str
+    where: str
+    out: Callable[..., Any]
+    parameters: Parameters
+
+    def run_entries(self, entries: Sequence[Any]) -> Any:
+        """Call the kernel."""
+        ...
+
+    def like(self, entries: Sequence[Any]) -> Any:
+        """Return tensors like the output."""
+        ...
+
+    def paths(self, leaves: Sequence[Any], spec: trees.Spec | None) -> list[str]:
+        """Return one key path per leaf."""
+        ...
+
+
+class Operators:
+    """The operators of one kernel, by the structure of their arguments."""
+
+    def __init__(self, kernel: Opaque) -> None:
+        self.kernel = weakref.ref(kernel)
+        self.made: dict[Any, Operator] = {}
+
+    def call(self, leaves: Sequence[Any], spec: trees.Spec | None) -> Any:
+        """Call the kernel as an operator."""
+        kernel = self.kernel()
+        assert kernel is not None  # it is what calls
+        like = trees.flatten(_promised(kernel, leaves, spec))
+        key = (spec, *map(_kind, leaves), tuple(x is None for x in like[0]), like[1])
+        with _lock:
+            operator = self.made.get(key)
+            if operator is None:
+                operator = Operator(kernel, leaves, spec, *like)
+                self.made[key] = operator
+        return operator(leaves)
+
+
+class Operator:
+    """One operator.
+
+    Attributes:
+        op: As torch has it.
+        crossing: The places of the arguments that it takes; others are built in.
+    """
+
+    def __init__(
+        self,
+        kernel: Opaque,
+        leaves: Sequence[Any],
+        spec: trees.Spec | None,
+        like: Sequence[Any],
+        structure: trees.Spec,
+    ) -> None:
+        self.kernel = weakref.ref(kernel)
+        self.where = kernel.where
+        self.spec = spec
+        self.outputs = [place for place, x in enumerate(like) if x is not None]
+        self.structure = structure
+        self.crossing = [i for i, leaf in enumerate(leaves) if _schema_type(leaf)]
+        self.built_in = {
+            i: _held(leaf) for i, leaf in enumerate(leaves) if not _schema_type(leaf)
+        }
+        names = _argument_names(kernel.paths(leaves, spec))
+        taken = (f"{_schema_type(leaves[i])} {names[i]}" for i in self.crossing)
+        given = ["Tensor"] * len(self.outputs)
+        returns = given[0] if len(given) == 1 else f"({', '.join(given)})"
+        self.op = torch.library.custom_op(
+            f"{NAMESPACE}::{_free_name(kernel.name)}",
+            self.run,
+            mutates_args=(),
+            schema=f"({', '.join(taken)}) -> {returns}",
+        )
+        self.op.register_fake(self.fake)
+
+    def __call__(self, leaves: Sequence[Any]) -> Any:
+        """Call the operator."""
+        found = self.op(*(_detached(leaves[i]) for i in self.crossing))
+        return self.rebuilt([found] if isinstance(found, torch.Tensor) else found)
+
+    def rebuilt(self, outs: Sequence[torch.Tensor]) -> Any:
+        """Return the outputs in their containers."""
+        flat: list[Any] = [None] * self.structure.num_leaves
+        for number, out in zip(self.outputs, outs, strict=True):
+            flat[number] = out
+        return trees.unflatten(flat, self.structure)
+
+    def run(self, *args: Any) -> Any:
+        """Call the kernel: what torch does with tensors that have values."""
+        kernel = self.alive()
+        out = kernel.run_entries(_entries(self.leaves(args), self.spec))
+        return self.returned(out, torch.Tensor.contiguous)
+
+    def fake(self, *args: Any) -> Any:
+        """Return tensors like the output: what torch does with those that have none."""
+        out = _promised(self.alive(), self.leaves(args), self.spec)
+        return self.returned(out, lambda tensor: tensor.new_empty(tensor.shape))
+
+    def returned(self, out: Any, made: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+        flat = trees.flatten(out)[0]
+        outs = [made(flat[number]) for number in self.outputs]
+        return outs[0] if len(outs) == 1 else tuple(outs)
+
+    def leaves(self, args: Sequence[Any]) -> list[Any]:
+        """Return all arguments of the kernel, those that are built in as well."""
+        rest = iter(args)
+        return [
+            self.built_in[place]() if place in self.built_in else next(rest)
+            for place in range(len(self.crossing) + len(self.built_in))
+        ]
+
+    def alive(self) -> Opaque:
+        kernel = self.kernel()
+        if kernel is None:
+            raise TransformError(
+                "an external that a graph calls is no more",
+                rule=self.where,
+                fix="Keep a reference to it while the graph is in use, or define it "
+                "at the top level of a module.",
+            )
+        return kernel
+
+
+_lock = threading.RLock()  # out= may call another external
+_names: set[str] = set()
+
+
+def _free_name(name: str) -> str:
+    """Return a name that no operator has yet."""
+    plain = re.sub(r"\W", "_", name) or "external"
+    plain = f"external{plain}" if plain[0] in "_0123456789" else plain
+    found, count = plain, 1
+    while found in _names or hasattr(getattr(torch.ops, NAMESPACE), found):
+        count += 1
+        found = f"{plain}_{count}"
+    _names.add(found)
+    return found
+
+
+def _argument_names(paths: Sequence[str]) -> list[str]:
+    """Return key paths as names of arguments: ``args.p['w']`` becomes ``p_w``."""
+    plain = [re.sub(r"\W+", "_", path.removeprefix("args.")).strip("_") for path in paths]
+    unique = len(set(plain)) == len(plain) and all(
+        name.isidentifier() and name not in _RESERVED for name in plain
+    )
+    return plain if unique else [f"a{number}" for number in range(len(plain))]
+
+
+_RESERVED = {"self", "from", "in", "lambda", "def", "out", "None", "True", "False"}
+_TYPES: tuple[tuple[Any, str], ...] = (
+    (torch.Tensor, "Tensor"),
+    (bool, "bool"),
+    ((int, torch.SymInt), "SymInt"),
+    ((float, torch.SymFloat), "float"),
+    (complex, "complex"),
+    (str, "str"),
+    (torch.dtype, "ScalarType"),
+    (torch.device, "Device"),
+)
+
+
+def _schema_type(leaf: Any) -> str:
+    """Return the type of a value in a schema, nothing where it has none."""
+    return next((name for kind, name in _TYPES if isinstance(leaf, kind)), "")
+
+
+def _kind(leaf: Any) -> Any:
+    """Return what tells operators apart: the type, or the object that is built in."""
+    return _schema_type(leaf) or (None if leaf is None else id(leaf))
+
+
+def _held(leaf: Any) -> Callable[[], Any]:
+    """Hold an object weakly, where it can be."""
+    try:
+        return weakref.ref(leaf)
+    except TypeError:
+        return lambda: leaf
+
+
+def _detached(value: Any) -> Any:
+    return value.detach() if isinstance(value, torch.Tensor) else value
+
+
+def _entries(leaves: Sequence[Any], spec: trees.Spec | None) -> Sequence[Any]:
+    return leaves if spec is None else trees.unflatten(leaves, spec)
+
+
+def _promised(
+    kernel: Opaque, leaves: Sequence[Any], spec: trees.Spec | None
+) -> Any:
+    """Ask out= about tensors that may have no values."""
+    bare = [_detached(leaf) for leaf in leaves]
+    try:
+        return kernel.like(_entries(bare, spec))
+    except torch_compat.NEEDS_VALUES as error:
+        raise DefinitionError(
+            f"{kernel.name}: out= needs the values of its arguments, and in a trace "
+            "there are none",
+            rule=kernel.where,
+            function=f"out= ({place(kernel.out)})",
+            fix="Let out= depend on shapes, dtypes and devices alone.",
+        ) from error
