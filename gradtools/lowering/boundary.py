@@ -33,7 +33,7 @@ from typing import Any, ParamSpec, Protocol, TypeVar
 import torch
 
 from gradtools import torch_compat, trees
-from gradtools.errors import GradtoolsError
+from gradtools.errors import GradtoolsError, TransformError
 from gradtools.lowering import free_variables
 from gradtools.lowering.flat import Plan
 from gradtools.lowering.stand_ins import Known, Unknown
@@ -46,6 +46,7 @@ __all__ = [
     "Opaque",
     "call",
     "call_kernel",
+    "is_exporting",
     "is_tracing",
     "register",
     "unseen",
@@ -56,6 +57,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 is_tracing: Callable[[], bool] = torch.compiler.is_dynamo_compiling
+is_exporting: Callable[[], bool] = torch.compiler.is_exporting
 
 
 def unseen(function: Callable[P, R]) -> Callable[P, R]:
@@ -118,6 +120,7 @@ class Opaque(Protocol):
     """A function that Dynamo cannot look into, and no derivative is asked of."""
 
     key: str
+    where: str
     parameters: Parameters
 
     def run_entries(self, entries: Sequence[Any]) -> Any:
@@ -266,17 +269,24 @@ def _otherwise(target: Crossable) -> Callable[[], None]:
 
 def _check(target: Any, entries: Any, wants: Any, known: Known) -> None:
     """Check a rule; raise what is found in a way that Dynamo hands on."""
-    from torch._dynamo.exc import ShortenTraceback
-
     try:
         target.before_trace(entries, wants, torch_compat.order(known.examples))
     except GradtoolsError as error:
-        # Dynamo lets some of its own exceptions through; of all others it makes a
-        # report of an internal error.
-        both: Any = type(type(error).__name__, (type(error), ShortenTraceback), {})
-        wrapped = both.__new__(both, *error.args)
-        wrapped.__dict__.update(error.__dict__, **_SHORT)
-        raise wrapped from None
+        raise _passing(error) from None
+
+
+def _passing(error: GradtoolsError) -> Exception:
+    """Return an error as one that Dynamo lets through.
+
+    It does that with some of its own; of all others it makes a report of an internal
+    error.
+    """
+    from torch._dynamo.exc import ShortenTraceback
+
+    both: Any = type(type(error).__name__, (type(error), ShortenTraceback), {})
+    wrapped = both.__new__(both, *error.args)
+    wrapped.__dict__.update(error.__dict__, **_SHORT)
+    return wrapped
 
 
 _SHORT = {"first_useful_frame": None, "frame_exec_strategy": None}
@@ -376,6 +386,7 @@ def call_kernel(target: Opaque, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     leaves, _ = flatten_entries(entries)
     _ = {target.key}
     _make_crossing()
+    _refuse_strict_export(target.key)
     return _crossing(target.key, *_luggage(entries, leaves), False)
 
 
@@ -413,6 +424,21 @@ def _make_crossing() -> None:
             _run_entries,
             reason="gradtools: forward mode around a compiled region loses the rule; "
             "open the level (or call jvp) inside the compiled function",
+        )
+
+
+@_at_trace_time
+def _refuse_strict_export(key: str) -> None:
+    """Raise where torch.export traces by Dynamo, which cannot write the crossing."""
+    if torch.compiler.is_exporting():
+        where = _registry[key].where
+        raise _passing(
+            TransformError(
+                f"{where.split()[0]}: torch.export(strict=True) cannot trace an "
+                "external",
+                rule=where,
+                fix="Export with strict=False, which is the default.",
+            )
         )
 
 

@@ -37,14 +37,14 @@ def array_of(tensor: torch.Tensor, where: str) -> np.ndarray:
     return array
 
 
-def tensor_of(value: Any, meta: Meta | None) -> Any:
+def tensor_of(value: Any, meta: Meta) -> Any:
     """Return an array, or a number of numpy's, as a tensor; anything else as it is.
 
     Args:
         value: What a kernel returned.
         meta: What it should be like; its device is where the tensor goes.
     """
-    if not isinstance(value, (np.ndarray, np.generic)) or meta is None:
+    if not isinstance(value, (np.ndarray, np.generic)):
         return value
     array = np.asarray(value)
     if not array.flags.writeable or any(stride < 0 for stride in array.strides):

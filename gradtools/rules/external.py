@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import functools
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, ParamSpec, TypeVar, cast
 
 import torch
 
 from gradtools.errors import DefinitionError
+from gradtools.lowering.boundary import is_exporting, is_tracing
 from gradtools.rules.custom_vjp import CustomVJP
 from gradtools.rules.differences import bwd_by_differences, jvp_by_differences
 from gradtools.rules.kernel import Kernel
@@ -33,6 +35,13 @@ class External(CustomVJP[P, R]):
     def __init__(self, rule: Rule, kernel: Kernel) -> None:
         super().__init__(rule)
         self.kernel = kernel
+        kernel.operators.rule = weakref.ref(self)
+
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
+        """Call the function."""
+        if is_exporting() and not is_tracing():
+            return self.kernel.exported(args, kwargs)
+        return super().__call__(*args, **kwargs)
 
 
 def external(

@@ -46,7 +46,7 @@ class Promise(NamedTuple):
     """What ``out=`` says of the output: its containers and its tensors."""
 
     spec: trees.Spec | None  # None: one tensor
-    metas: tuple[Meta | None, ...]  # None: None
+    metas: tuple[Meta, ...]
 
 
 class Kernel:
@@ -99,8 +99,15 @@ class Kernel:
         tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
         if torch_compat.is_intercepted(tensors):
             self.refuse_wrapped(tensors)
+            self.refuse_arguments(leaves, spec)
             return self.operators.call(leaves, spec)
         return self.run(leaves, spec, entries, tensors)
+
+    def exported(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Call the kernel as an operator that has the derivative of the rule."""
+        leaves, spec = flatten_entries(self.parameters.bind(args, kwargs))
+        self.refuse_arguments(leaves, spec)
+        return self.operators.call(leaves, spec, tracked=True)
 
     def run(
         self,
@@ -171,7 +178,7 @@ class Kernel:
         """Ask out= anew; refuse arguments that the kernel does not take."""
         self.refuse_arguments(leaves, spec)
         like, structure = trees.flatten(self.like(entries))
-        metas = tuple(None if x is None else Meta.of(x) for x in like)
+        metas = tuple(map(Meta.of, like))
         alone = len(like) == 1 and trees.is_leaf(trees.unflatten(like, structure))
         return Promise(None if alone else structure, metas)
 
@@ -184,8 +191,8 @@ class Kernel:
             error.add_note(f"raised by out= ({place(self.out)}) of {self.where}")
             raise
         leaves = trees.flatten(found)[0]
-        strange = [x for x in leaves if not (x is None or isinstance(x, torch.Tensor))]
-        if strange or all(leaf is None for leaf in leaves):
+        strange = [leaf for leaf in leaves if not isinstance(leaf, torch.Tensor)]
+        if strange or not leaves:
             got = describe(strange[0]) if strange else "no tensor"
             raise DefinitionError(
                 f"{self.name}: out= must return tensors like those of the kernel",
@@ -229,7 +236,7 @@ class Kernel:
 
     def laid_flat(
         self, returned: Any, promise: Promise, given: Sequence[torch.Tensor]
-    ) -> list[Any]:
+    ) -> list[torch.Tensor]:
         """Return the output's leaves as tensors; raise where they are not promised."""
         if promise.spec is None:
             flat = [returned]
@@ -239,24 +246,21 @@ class Kernel:
                 self.refuse_structure(returned, promise)
         if self.numpy:
             arrays.refuse_shared(self, flat, given)
-            flat = [arrays.tensor_of(x, m) for x, m in zip(flat, promise.metas)]
+            pairs = zip(flat, promise.metas, strict=True)
+            flat = [arrays.tensor_of(value, meta) for value, meta in pairs]
         for value, meta in zip(flat, promise.metas, strict=True):
-            if (value is None) != (meta is None) or (
-                meta is not None
-                and not (
-                    isinstance(value, torch.Tensor)
-                    and value.shape == meta.shape
-                    and value.dtype == meta.dtype
-                    and value.device == meta.device
-                )
+            if not (
+                isinstance(value, torch.Tensor)
+                and value.shape == meta.shape
+                and value.dtype == meta.dtype
+                and value.device == meta.device
             ):
                 self.refuse_output(flat, promise)
-        outs = [value for value in flat if value is not None]
-        if any(out.requires_grad for out in outs):
+        if any(value.requires_grad for value in flat):
             self.refuse_captured()
-        self.refuse_shared(outs, given)
+        self.refuse_shared(flat, given)
         # Detached, for what a foreign library makes is unknown to those who watch.
-        return [None if value is None else value.detach() for value in flat]
+        return [value.detach() for value in flat]
 
     def refuse_structure(self, returned: Any, promise: Promise) -> NoReturn:
         """Raise for other containers than those of out=."""
@@ -270,9 +274,9 @@ class Kernel:
         if promise.spec is not None:
             names = trees.paths(trees.unflatten(flat, promise.spec), "return")
         raise self.unlike(
-            Violation(name, "None" if meta is None else str(meta), describe(value))
+            Violation(name, str(meta), describe(value))
             for name, meta, value in zip(names, promise.metas, flat, strict=True)
-            if ("None" if meta is None else str(meta)) != describe(value)
+            if str(meta) != describe(value)
         )
 
     def unlike(self, violations: Any) -> ForwardContractError:
@@ -340,14 +344,14 @@ class Kernel:
         given: Sequence[torch.Tensor],
         versions: Sequence[int],
         copies: Sequence[torch.Tensor],
-        flat: Sequence[Any],
+        flat: Sequence[torch.Tensor],
     ) -> None:
         """Raise for edits that torch does not know of, and for NaN out of nowhere."""
         if not all(map(_same, given, copies)):
             self.refuse_edits(leaves, spec, given, versions, copies)
         if self.allow_nan or is_checking() or not all(map(_is_finite, given)):
             return
-        bad = [out for out in flat if out is not None and _has_nan(out)]
+        bad = [out for out in flat if _has_nan(out)]
         if bad:
             count = sum(int(torch.isnan(out).sum()) for out in bad)
             raise ForwardContractError(

@@ -50,24 +50,38 @@ class Opaque(Protocol):
 
 
 class Operators:
-    """The operators of one kernel, by the structure of their arguments."""
+    """The operators of one kernel, by the structure of their arguments.
+
+    Attributes:
+        rule: What is around the kernel, in a weak reference.
+    """
+
+    rule: Callable[[], Any]
 
     def __init__(self, kernel: Opaque) -> None:
         self.kernel = weakref.ref(kernel)
         self.made: dict[Any, Operator] = {}
 
-    def call(self, leaves: Sequence[Any], spec: trees.Spec | None) -> Any:
-        """Call the kernel as an operator."""
+    def call(
+        self, leaves: Sequence[Any], spec: trees.Spec | None, *, tracked: bool = False
+    ) -> Any:
+        """Call the kernel as an operator.
+
+        Args:
+            leaves: The arguments.
+            spec: Their containers.
+            tracked: The derivative of the operator is asked for.
+        """
         kernel = self.kernel()
         assert kernel is not None  # it is what calls
-        like = trees.flatten(_promised(kernel, leaves, spec))
-        key = (spec, *map(_kind, leaves), tuple(x is None for x in like[0]), like[1])
+        structure = trees.flatten(_promised(kernel, leaves, spec))[1]
+        key = (spec, *map(_kind, leaves), structure)
         with _lock:
             operator = self.made.get(key)
-            if operator is None:
-                operator = Operator(kernel, leaves, spec, *like)
+            if operator is None or not operator.serves(leaves):
+                operator = Operator(kernel, self.rule, leaves, spec, structure)
                 self.made[key] = operator
-        return operator(leaves)
+        return operator(leaves if tracked else [_detached(leaf) for leaf in leaves])
 
 
 class Operator:
@@ -75,21 +89,22 @@ class Operator:
 
     Attributes:
         op: As torch has it.
-        crossing: The places of the arguments that it takes; others are built in.
+        crossing: The places of the arguments that it takes.
+        built_in: The others.
     """
 
     def __init__(
         self,
         kernel: Opaque,
+        rule: Callable[[], Any],
         leaves: Sequence[Any],
         spec: trees.Spec | None,
-        like: Sequence[Any],
         structure: trees.Spec,
     ) -> None:
         self.kernel = weakref.ref(kernel)
+        self.rule = rule
         self.where = kernel.where
         self.spec = spec
-        self.outputs = [place for place, x in enumerate(like) if x is not None]
         self.structure = structure
         self.crossing = [i for i, leaf in enumerate(leaves) if _schema_type(leaf)]
         self.built_in = {
@@ -97,7 +112,7 @@ class Operator:
         }
         names = _argument_names(kernel.paths(leaves, spec))
         taken = (f"{_schema_type(leaves[i])} {names[i]}" for i in self.crossing)
-        given = ["Tensor"] * len(self.outputs)
+        given = ["Tensor"] * structure.num_leaves
         returns = given[0] if len(given) == 1 else f"({', '.join(given)})"
         self.op = torch.library.custom_op(
             f"{NAMESPACE}::{_free_name(kernel.name)}",
@@ -106,53 +121,89 @@ class Operator:
             schema=f"({', '.join(taken)}) -> {returns}",
         )
         self.op.register_fake(self.fake)
+        self.op.register_autograd(self.backward, setup_context=_save)
+
+    def serves(self, leaves: Sequence[Any]) -> bool:
+        """Whether the objects that are built in are the ones at hand."""
+        return all(held() is leaves[i] for i, held in self.built_in.items())
 
     def __call__(self, leaves: Sequence[Any]) -> Any:
         """Call the operator."""
-        found = self.op(*(_detached(leaves[i]) for i in self.crossing))
-        return self.rebuilt([found] if isinstance(found, torch.Tensor) else found)
-
-    def rebuilt(self, outs: Sequence[torch.Tensor]) -> Any:
-        """Return the outputs in their containers."""
-        flat: list[Any] = [None] * self.structure.num_leaves
-        for number, out in zip(self.outputs, outs, strict=True):
-            flat[number] = out
-        return trees.unflatten(flat, self.structure)
+        found = self.op(*(leaves[i] for i in self.crossing))
+        outs = [found] if isinstance(found, torch.Tensor) else found
+        return trees.unflatten(outs, self.structure)
 
     def run(self, *args: Any) -> Any:
         """Call the kernel: what torch does with tensors that have values."""
-        kernel = self.alive()
-        out = kernel.run_entries(_entries(self.leaves(args), self.spec))
-        return self.returned(out, torch.Tensor.contiguous)
+        if torch_compat.forward_ad_active():
+            raise TransformError(
+                "forward mode reached the operator of an external, which has no "
+                "tangent: it would be zero",
+                rule=self.where,
+                fix="Call the external itself, instead of an exported program.",
+            )
+        out = self.alive(self.kernel).run_entries(self.entries(args))
+        return _returned(out, torch.Tensor.contiguous)
 
     def fake(self, *args: Any) -> Any:
         """Return tensors like the output: what torch does with those that have none."""
-        out = _promised(self.alive(), self.leaves(args), self.spec)
-        return self.returned(out, lambda tensor: tensor.new_empty(tensor.shape))
+        out = self.alive(self.kernel).like(self.entries(args))
+        return _returned(out, lambda tensor: tensor.new_empty(tensor.shape))
 
-    def returned(self, out: Any, made: Callable[[torch.Tensor], torch.Tensor]) -> Any:
-        flat = trees.flatten(out)[0]
-        outs = [made(flat[number]) for number in self.outputs]
-        return outs[0] if len(outs) == 1 else tuple(outs)
+    def backward(self, ctx: Any, *cotangents: Any) -> Any:
+        """Differentiate an exported program: by the rule, on a run of its own."""
+        rest = iter(ctx.saved_tensors)
+        args = [next(rest) if x is None else x for x in ctx.constants]
+        with torch.enable_grad():
+            out = self.alive(self.rule).run_entries(self.entries(args))
+        pairs = [
+            (out, cotangent)
+            for out, cotangent in zip(trees.flatten(out)[0], cotangents, strict=True)
+            if out.requires_grad
+        ]
+        wanted = [isinstance(x, torch.Tensor) and x.requires_grad for x in args]
+        found = iter(
+            torch.autograd.grad(
+                [out for out, _ in pairs],
+                [arg for arg, want in zip(args, wanted, strict=True) if want],
+                [cotangent for _, cotangent in pairs],
+                create_graph=torch.is_grad_enabled(),
+                allow_unused=True,
+            )
+        )
+        return tuple(next(found) if want else None for want in wanted)
 
-    def leaves(self, args: Sequence[Any]) -> list[Any]:
-        """Return all arguments of the kernel, those that are built in as well."""
+    def entries(self, args: Sequence[Any]) -> Sequence[Any]:
+        """Return the arguments of the kernel, those that are built in as well."""
         rest = iter(args)
-        return [
+        leaves = [
             self.built_in[place]() if place in self.built_in else next(rest)
             for place in range(len(self.crossing) + len(self.built_in))
         ]
+        return _entries(leaves, self.spec)
 
-    def alive(self) -> Opaque:
-        kernel = self.kernel()
-        if kernel is None:
+    def alive(self, target: Callable[[], Any]) -> Any:
+        """Return what a weak reference leads to."""
+        found = target()
+        if found is None:
             raise TransformError(
                 "an external that a graph calls is no more",
                 rule=self.where,
                 fix="Keep a reference to it while the graph is in use, or define it "
                 "at the top level of a module.",
             )
-        return kernel
+        return found
+
+
+def _returned(out: Any, made: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    outs = [made(tensor) for tensor in trees.flatten(out)[0]]
+    return outs[0] if len(outs) == 1 else tuple(outs)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    """Keep the arguments; a tensor's place among the constants is None."""
+    ctx.save_for_backward(*(x for x in inputs if isinstance(x, torch.Tensor)))
+    ctx.constants = [None if isinstance(x, torch.Tensor) else x for x in inputs]
 
 
 _lock = threading.RLock()  # out= may call another external
