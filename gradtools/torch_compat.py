@@ -28,9 +28,9 @@ __all__ = [
     "NEEDS_VALUES", "AtOneLevel", "GradLevel", "VmapLevel", "apply_of",
     "attention_by_operators",
     "autocast_devices", "autocast_enabled", "bytes_of_gradients",
-    "call_backward_directly", "clean_autograd", "dual_level", "dual_level_announced",
+    "call_backward_directly", "clean_autograd", "dispatch_modes", "dual_level", "dual_level_announced",
     "dual_level_holder", "fake_tensors", "forward_ad_active", "forward_ad_enabled",
-    "graph_is_kept", "has_tangent", "hint", "innermost_level", "innermost_transform",
+    "function_modes", "graph_is_kept", "has_tangent", "hint", "innermost_level", "innermost_transform",
     "is_at_open_level", "is_being_differentiated", "is_differentiated", "is_fake",
     "is_foreign_subclass", "is_intercepted", "is_view", "is_view_of", "is_wrapped", "keep",
     "only_reverse_and_vmap", "order", "plain", "primal_of", "put_back",
@@ -329,7 +329,12 @@ def is_foreign_subclass(tensor: torch.Tensor) -> bool:
     return own.__torch_dispatch__ is not usual.__torch_dispatch__
 
 
-_dispatch_modes: Callable[[], int] = torch._C._len_torch_dispatch_stack
+dispatch_modes: Callable[[], int] = torch._C._len_torch_dispatch_stack
+"""How many modes see every operation: in a trace at least one."""
+
+function_modes: Callable[[], int] = torch._C._len_torch_function_stack
+"""How many modes see every call of a function of torch's."""
+
 _USUAL = (torch.Tensor, torch.nn.Parameter)
 
 
@@ -338,12 +343,16 @@ def is_intercepted(tensors: Sequence[torch.Tensor]) -> bool:
 
     True in traces (fake tensors), under transforms, for meta tensors and DTensors.
     """
-    return bool(_dispatch_modes()) or any(
-        tensor.is_meta
-        or (type(tensor) not in _USUAL and is_foreign_subclass(tensor))
-        or is_wrapped(tensor)
-        for tensor in tensors
-    )
+    if dispatch_modes():
+        return True
+    for tensor in tensors:
+        if (
+            is_wrapped(tensor)
+            or tensor.is_meta
+            or (type(tensor) not in _USUAL and is_foreign_subclass(tensor))
+        ):
+            return True
+    return False
 
 
 def version_of(tensor: torch.Tensor) -> int:

@@ -14,6 +14,7 @@ a :class:`.State`, found by the coarser key that decides when a rule counts as c
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import types
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from typing import Any
@@ -87,7 +88,7 @@ class Lowered:
             (function, path)
             for function in functions_of
             for path in free_variables.free_variables(function).values()
-            if not isinstance(free_variables.follow(function, path), _NEVER_TENSORS)
+            if not _never_holds_tensors(free_variables.follow(function, path))
         ]
 
     @boundary.unseen
@@ -365,7 +366,13 @@ class Lowered:
                     yield tensor
 
 
-_NEVER_TENSORS = (types.ModuleType, type)
+def _never_holds_tensors(value: Any) -> bool:
+    """Whether a free variable need not be looked through at every call.
+
+    Another rule looks for what it captures itself.
+    """
+    is_library = isinstance(value, (types.ModuleType, type, ctypes.CDLL))
+    return is_library or hasattr(type(value), "run_entries")
 
 
 def wanted(leaves: Sequence[Any], transformed: bool, moving: bool) -> tuple[bool, ...]:

@@ -11,7 +11,7 @@ import torch
 from gradtools.errors import DefinitionError
 from gradtools.rules.signature import Meta
 
-__all__ = ["array_of", "refuse_shared", "tensor_of"]
+__all__ = ["array_of", "is_shared", "tensor_of"]
 
 
 def array_of(tensor: torch.Tensor, where: str) -> np.ndarray:
@@ -55,14 +55,8 @@ def tensor_of(value: Any, meta: Meta) -> Any:
         return value
 
 
-def refuse_shared(
-    kernel: Any, values: Sequence[Any], given: Sequence[torch.Tensor]
-) -> None:
-    """Raise for an array in the memory of an argument, which tensor_of would copy."""
-    for value in values:
-        if isinstance(value, np.ndarray) and not value.flags.writeable:
-            low, high = np.lib.array_utils.byte_bounds(value)
-            for tensor in given:
-                begin = tensor.data_ptr()
-                if tensor.is_cpu and begin < high and low < begin + tensor.nbytes:
-                    raise kernel.shared()
+def is_shared(value: Any, given: Sequence[torch.Tensor]) -> bool:
+    """Whether a returned array is memory of an argument, which tensor_of would copy."""
+    if not isinstance(value, np.ndarray) or value.flags.writeable:
+        return False
+    return any(t.is_cpu and np.may_share_memory(value, t.numpy()) for t in given)

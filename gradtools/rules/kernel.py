@@ -1,52 +1,32 @@
 """Kernel: a function that torch cannot see into, called with care.
 
-What a kernel is handed, what it must give back, and what is verified of it:
-
-* on every call, in a few microseconds: structure, shapes, dtypes and devices are those
-  that ``out=`` promises; an output shares no memory with an argument or another output;
-  no argument has a new version (what torch itself has edited);
-* on the first call with a kind of arguments, and on every one under
-  ``gradcheck_policy("always")``: no argument has new values (what code has edited
-  behind torch's back); no output is NaN where all arguments are finite.
-
-Knows nothing of derivatives: :mod:`.external` puts a rule around it.
+What it is handed: tensors without a graph, their numbers in a row, or arrays. What it
+must give back, and how that is verified, is in :mod:`.promise`. It knows nothing of
+derivatives: :mod:`.external` puts a rule around it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, NoReturn
+from typing import Any
 
-import numpy as np
 import torch
 
 from gradtools import torch_compat, trees
-from gradtools.errors import (
-    CapturedTensorError,
-    DefinitionError,
-    ForwardContractError,
-    TransformError,
-    Violation,
-)
+from gradtools.errors import DefinitionError, TransformError, Violation
 from gradtools.gradcheck.policy import current_policy
 from gradtools.lowering.boundary import call_kernel, is_tracing, register
 from gradtools.lowering.contract import describe
-from gradtools.probing import is_checking
 from gradtools.rules import arrays
 from gradtools.rules.operators import Operators
+from gradtools.rules.promise import Call, Promise
+from gradtools.rules.repeated import ASTRAY, repeated
 from gradtools.rules.rule import place
 from gradtools.rules.signature import Meta, Parameters, flatten_entries
 
 __all__ = ["Kernel"]
 
 _MOST_KNOWN = 512
-
-
-class Promise(NamedTuple):
-    """What ``out=`` says of the output: its containers and its tensors."""
-
-    spec: trees.Spec | None  # None: one tensor
-    metas: tuple[Meta, ...]
 
 
 class Kernel:
@@ -83,25 +63,33 @@ class Kernel:
         self.where = f"{name} ({place(function)})"
         self.operators = Operators(self)
         self.promises: dict[Any, Promise] = {}
-        self.seen: set[Any] = set()
+        self.verified: set[Any] = set()
+        self.last: Callable[[tuple[Any, ...]], Any] | None = None
         self.key = register(self)  # for torch.compile
 
     def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call the kernel."""
         if is_tracing():
             return call_kernel(self, args, kwargs)
+        if self.last is not None and not kwargs:
+            out = self.last(args)
+            if out is not ASTRAY:
+                return out
         return self.run_entries(self.parameters.bind(args, kwargs))
 
     def run_entries(self, entries: Sequence[Any]) -> Any:
         """Call the kernel with bound arguments, by itself or as an operator."""
-        entries = tuple(entries)
-        leaves, spec = flatten_entries(entries)
+        leaves, spec = flatten_entries(tuple(entries))
         tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
         if torch_compat.is_intercepted(tensors):
             self.refuse_wrapped(tensors)
             self.refuse_arguments(leaves, spec)
             return self.operators.call(leaves, spec)
-        return self.run(leaves, spec, entries, tensors)
+        promise = self.promise(leaves, spec, entries)
+        given = [handed(tensor) for tensor in tensors]
+        out = self.run(leaves, spec, given, promise)
+        self.last = repeated(self, leaves, promise)
+        return out
 
     def exported(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call the kernel as an operator that has the derivative of the rule."""
@@ -113,23 +101,21 @@ class Kernel:
         self,
         leaves: Sequence[Any],
         spec: trees.Spec | None,
-        entries: Sequence[Any],
-        tensors: Sequence[torch.Tensor],
+        given: Sequence[torch.Tensor],
+        promise: Promise,
     ) -> Any:
         """Call the kernel with tensors that have values; verify what it does."""
-        promise = self.promise(leaves, spec, entries)
-        given = [handed(tensor) for tensor in tensors]
-        mark = self.unseen_kind(leaves, spec, given)
-        copies = [tensor.clone() for tensor in given] if mark is not None else ()
-        versions = [torch_compat.version_of(tensor) for tensor in given]
+        policy = current_policy()
+        look = policy == "always" or not (promise.is_verified or policy == "off")
+        call = Call(self, leaves, spec, given, promise)
+        if look:
+            call.keep_values()
         returned = self.enter(leaves, spec, given)
-        flat = self.laid_flat(returned, promise, given)
-        for tensor, version in zip(given, versions, strict=True):
-            if torch_compat.version_of(tensor) != version:
-                self.refuse_edits(leaves, spec, given, versions, copies)
-        if mark is not None:
-            self.verify_values(leaves, spec, given, versions, copies, flat)
-            self.seen.add(mark)
+        flat = call.outputs(returned)
+        if look and call.values_are_kept:
+            call.verify_values(flat)
+            promise.is_verified = True
+            self.verified.add(promise.kind)
         if promise.spec is None:
             return flat[0]
         return trees.unflatten(flat, promise.spec)
@@ -150,26 +136,47 @@ class Kernel:
         try:
             return self.parameters.call(self.function, args)
         except Exception as error:
-            error.add_note(f"raised by the kernel {self.where}")
+            self.noted(error)
             raise
 
-    # What out= promises.
+    def noted(self, error: Exception) -> None:
+        """Say on an exception of the user's code whose it is."""
+        error.add_note(f"raised by the kernel {self.where}")
+
+    def refuse(
+        self,
+        leaves: Sequence[Any],
+        given: Sequence[torch.Tensor],
+        versions: Sequence[tuple[torch.Tensor, int]],
+        out: Any,
+        promise: Promise,
+    ) -> None:
+        """Raise what is wrong with a repeated call, if anything is."""
+        call = Call(self, leaves, None, given, promise)
+        call.versions = [version for _, version in versions]
+        call.outputs(out)
 
     def promise(
         self, leaves: Sequence[Any], spec: trees.Spec | None, entries: Sequence[Any]
     ) -> Promise:
         """Return what out= says of these arguments; kept, for it costs tensors."""
+        key: list[Any] = [spec]
+        for leaf in leaves:
+            if isinstance(leaf, torch.Tensor):
+                key += (leaf.shape, leaf.dtype, leaf.device)
+            else:
+                key += (type(leaf), leaf)
         try:
-            key = (spec, *map(_exactly, leaves))
-            found = self.promises.get(key)
+            found = self.promises.get(tuple(key))
         except TypeError:  # an object without a hash
-            return self.promised(leaves, spec, entries)
+            found = None
         if found is None:
             found = self.promised(leaves, spec, entries)
-            if None not in key[1:]:
+            constants = (x for x in leaves if not isinstance(x, torch.Tensor))
+            if all(isinstance(x, _CONSTANTS) for x in constants):  # objects change
                 if len(self.promises) >= _MOST_KNOWN:
                     self.promises.clear()
-                self.promises[key] = found
+                self.promises[tuple(key)] = found
         return found
 
     def promised(
@@ -178,9 +185,12 @@ class Kernel:
         """Ask out= anew; refuse arguments that the kernel does not take."""
         self.refuse_arguments(leaves, spec)
         like, structure = trees.flatten(self.like(entries))
+        alone = trees.is_leaf(trees.unflatten(like, structure))
+        kind = (spec, *map(_roughly, leaves))
         metas = tuple(map(Meta.of, like))
-        alone = len(like) == 1 and trees.is_leaf(trees.unflatten(like, structure))
-        return Promise(None if alone else structure, metas)
+        return Promise(
+            None if alone else structure, metas, kind, kind in self.verified
+        )
 
     def like(self, entries: Sequence[Any]) -> Any:
         """Return what out= returns; raise where that is no tree of tensors."""
@@ -232,168 +242,6 @@ class Kernel:
                 fix="Convert the argument with .to(), or add the dtype to dtypes=.",
             )
 
-    # What the kernel returned.
-
-    def laid_flat(
-        self, returned: Any, promise: Promise, given: Sequence[torch.Tensor]
-    ) -> list[torch.Tensor]:
-        """Return the output's leaves as tensors; raise where they are not promised."""
-        if promise.spec is None:
-            flat = [returned]
-        else:
-            flat, spec = trees.flatten(returned)
-            if spec != promise.spec:
-                self.refuse_structure(returned, promise)
-        if self.numpy:
-            arrays.refuse_shared(self, flat, given)
-            pairs = zip(flat, promise.metas, strict=True)
-            flat = [arrays.tensor_of(value, meta) for value, meta in pairs]
-        for value, meta in zip(flat, promise.metas, strict=True):
-            if not (
-                isinstance(value, torch.Tensor)
-                and value.shape == meta.shape
-                and value.dtype == meta.dtype
-                and value.device == meta.device
-            ):
-                self.refuse_output(flat, promise)
-        if any(value.requires_grad for value in flat):
-            self.refuse_captured()
-        self.refuse_shared(flat, given)
-        # Detached, for what a foreign library makes is unknown to those who watch.
-        return [value.detach() for value in flat]
-
-    def refuse_structure(self, returned: Any, promise: Promise) -> NoReturn:
-        """Raise for other containers than those of out=."""
-        assert promise.spec is not None
-        promised = trees.unflatten(promise.metas, promise.spec)
-        raise self.unlike([Violation("return", describe(promised), describe(returned))])
-
-    def refuse_output(self, flat: Sequence[Any], promise: Promise) -> NoReturn:
-        """Raise for outputs of another shape, dtype or device."""
-        names = ["return"]
-        if promise.spec is not None:
-            names = trees.paths(trees.unflatten(flat, promise.spec), "return")
-        raise self.unlike(
-            Violation(name, str(meta), describe(value))
-            for name, meta, value in zip(names, promise.metas, flat, strict=True)
-            if str(meta) != describe(value)
-        )
-
-    def unlike(self, violations: Any) -> ForwardContractError:
-        return ForwardContractError(
-            f"{self.name}: the kernel returned something else than out= says",
-            rule=self.where,
-            function=f"out= ({place(self.out)})",
-            violations=list(violations),
-            fix="Correct the kernel, or what out= returns.",
-        )
-
-    def refuse_captured(self) -> NoReturn:
-        """Raise where an output has a gradient: its arguments have none."""
-        raise CapturedTensorError(
-            f"{self.name}: the kernel uses a tensor that needs a gradient without "
-            "getting it as an argument, so its gradient would be lost",
-            rule=self.where,
-            fix="Pass it as an argument, or capture tensor.detach() if it is a "
-            "constant.",
-        )
-
-    def refuse_shared(
-        self, outs: Sequence[torch.Tensor], given: Sequence[torch.Tensor]
-    ) -> None:
-        """Raise where an output lies in the memory of an argument or another output."""
-        spans = [(t.data_ptr(), t.data_ptr() + t.nbytes) for t in given]
-        for out in outs:
-            low, high = span = _span(out)
-            for begin, end in spans:
-                if begin < high and low < end:
-                    raise self.shared()
-            spans.append(span)
-
-    def shared(self) -> ForwardContractError:
-        return ForwardContractError(
-            f"{self.name}: the kernel returned memory of an argument, or the same "
-            "memory twice; a later edit of one would change the other",
-            rule=self.where,
-            fix="Return a copy (.clone(), .copy()), or write into a new tensor.",
-        )
-
-    # What was done to the arguments.
-
-    def unseen_kind(
-        self,
-        leaves: Sequence[Any],
-        spec: trees.Spec | None,
-        given: Sequence[torch.Tensor],
-    ) -> Any:
-        """Return the kind of these arguments if their values are to be looked at."""
-        kind = (spec, *map(_roughly, leaves))
-        policy = current_policy()
-        if policy == "off" or (kind in self.seen and policy != "always"):
-            return None
-        if any(tensor.is_cuda for tensor in given) and (
-            torch.cuda.is_current_stream_capturing()
-        ):
-            return None
-        return kind
-
-    def verify_values(
-        self,
-        leaves: Sequence[Any],
-        spec: trees.Spec | None,
-        given: Sequence[torch.Tensor],
-        versions: Sequence[int],
-        copies: Sequence[torch.Tensor],
-        flat: Sequence[torch.Tensor],
-    ) -> None:
-        """Raise for edits that torch does not know of, and for NaN out of nowhere."""
-        if not all(map(_same, given, copies)):
-            self.refuse_edits(leaves, spec, given, versions, copies)
-        if self.allow_nan or is_checking() or not all(map(_is_finite, given)):
-            return
-        bad = [out for out in flat if _has_nan(out)]
-        if bad:
-            count = sum(int(torch.isnan(out).sum()) for out in bad)
-            raise ForwardContractError(
-                f"{self.name}: the kernel returned NaN for finite arguments, "
-                f"{count} in {sum(out.numel() for out in bad)} numbers",
-                rule=self.where,
-                fix="Correct the kernel (memory that it did not write?), or say "
-                "allow_nan=True if that is what it means.",
-            )
-
-    def refuse_edits(
-        self,
-        leaves: Sequence[Any],
-        spec: trees.Spec | None,
-        given: Sequence[torch.Tensor],
-        versions: Sequence[int],
-        copies: Sequence[torch.Tensor],
-    ) -> NoReturn:
-        """Put edited arguments back as they were, where copies exist, and raise."""
-        paths = [
-            path
-            for path, leaf in zip(self.paths(leaves, spec), leaves, strict=True)
-            if isinstance(leaf, torch.Tensor)
-        ]
-        edited = []
-        for number, (tensor, version) in enumerate(zip(given, versions, strict=True)):
-            changed = torch_compat.version_of(tensor) != version
-            if changed or (copies and not _same(tensor, copies[number])):
-                edited.append(paths[number])
-                if copies:
-                    torch_compat.put_back(tensor, copies[number], version)
-        after = "its values were put back" if copies else "its old values are gone"
-        raise ForwardContractError(
-            f"{self.name}: the kernel edits its arguments in place ({after})",
-            rule=self.where,
-            violations=[
-                Violation(path, "as it was handed over", "other values after the call")
-                for path in edited
-            ],
-            fix="Write into a new tensor, or copy the argument first (.clone()).",
-        )
-
     def refuse_wrapped(self, tensors: Sequence[torch.Tensor]) -> None:
         """Raise for tensors of a transform: the rule around should have served it."""
         if any(map(torch_compat.is_wrapped, tensors)):
@@ -416,17 +264,11 @@ class Kernel:
 
 def handed(tensor: torch.Tensor) -> torch.Tensor:
     """Return a tensor as a kernel gets it: without a graph, its numbers in a row."""
-    plain = tensor.detach()
-    if plain.is_conj() or plain.is_neg():
-        plain = plain.resolve_conj().resolve_neg()
-    return plain.contiguous()
-
-
-def _exactly(leaf: Any) -> Any:
-    """Return what out= may depend on; None for an object that may change."""
-    if isinstance(leaf, torch.Tensor):
-        return leaf.shape, leaf.dtype, leaf.device
-    return (type(leaf), leaf) if isinstance(leaf, _CONSTANTS) else None
+    if tensor.requires_grad or type(tensor) is not torch.Tensor:
+        tensor = tensor.detach()
+    if tensor.is_conj() or tensor.is_neg():
+        tensor = tensor.resolve_conj().resolve_neg()
+    return tensor.contiguous()
 
 
 def _roughly(leaf: Any) -> Any:
@@ -439,28 +281,3 @@ def _roughly(leaf: Any) -> Any:
 _CONSTANTS = (
     type(None), bool, int, float, complex, str, torch.dtype, torch.device,
 )  # fmt: skip
-
-
-def _span(tensor: torch.Tensor) -> tuple[int, int]:
-    """Return where in memory a tensor lies."""
-    if tensor.is_contiguous():
-        low = tensor.data_ptr()
-        return low, low + tensor.nbytes
-    storage = tensor.untyped_storage()
-    return storage.data_ptr(), storage.data_ptr() + storage.nbytes()
-
-
-def _same(first: torch.Tensor, second: torch.Tensor) -> bool:
-    """Whether two tensors are equal to the bit: NaN is NaN, and -0.0 is not 0.0."""
-    if torch.equal(first, second):
-        return True
-    flat = (t.reshape(-1).view(torch.uint8) for t in (first, second))
-    return torch.equal(*flat)
-
-
-def _is_finite(tensor: torch.Tensor) -> bool:
-    return bool(torch.isfinite(tensor).all())
-
-
-def _has_nan(tensor: torch.Tensor) -> bool:
-    return bool(torch.isnan(tensor).any())
