@@ -71,7 +71,7 @@ def _(residuals, g):
 
 
 def main():
-    x = torch.linspace(-2, 2, 5)
+    x = torch.linspace(-2, 2, 5, dtype=torch.float32)
     loss = lambda x: parabola(x, 0.5, 1.0).sum()
     found = {
         "value": parabola(x, 0.5, 1.0),

@@ -25,8 +25,8 @@ from torch.autograd import forward_ad
 from torch.autograd.function import _SingleLevelFunction
 
 __all__ = [
-    "NEEDS_VALUES", "AtOneLevel", "GradLevel", "VmapLevel", "apply_of",
-    "attention_by_operators",
+    "AtOneLevel", "GradLevel", "VmapLevel", "apply_of",
+    "asks_for_values", "attention_by_operators",
     "autocast_devices", "autocast_enabled", "bytes_of_gradients",
     "call_backward_directly", "clean_autograd", "dispatch_modes", "dual_level", "dual_level_announced",
     "dual_level_holder", "fake_tensors", "forward_ad_active", "forward_ad_enabled",
@@ -360,11 +360,16 @@ def version_of(tensor: torch.Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version
 
 
-NEEDS_VALUES = (
-    fake_tensor.DataDependentOutputException,
-    fake_tensor.DynamicOutputShapeException,
-)
-"""What code raises that asks a tensor of a trace for its values."""
+def asks_for_values(error: Exception) -> bool:
+    """Whether code has raised because tensors of a trace have no values."""
+    return type(error).__name__ in _ASKS_FOR_VALUES  # two of them are slow to import
+
+
+_ASKS_FOR_VALUES = {
+    "DataDependentOutputException",
+    "DynamicOutputShapeException",
+    "GuardOnDataDependentSymNode",
+}
 
 is_view: Callable[[torch.Tensor], bool] = torch.Tensor._is_view
 """Whether autograd knows a tensor as a view."""

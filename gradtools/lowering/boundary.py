@@ -171,7 +171,8 @@ def call(target: Crossable, args: tuple[Any, ...], kwargs: dict[str, Any]) -> An
         _prepare(target.key)
         return _outside(target, entries)
     if rule.bwd is None or moving or _must_cross():
-        _before_trace(target.key, True)
+        if rule.bwd is not None or rule.jvp is not None or _needs_gradient(leaves):
+            _before_trace(target.key, True)
         return _cross(target, entries, leaves, moving)
     if not _needs_gradient(leaves):
         return rule.parameters.call(rule.fun, entries)

@@ -148,6 +148,10 @@ class Lowered:
     ) -> Any:
         """Run the rule on flat values by the way that the moment asks for."""
         needs = wanted(leaves, transformed, moving)
+        if moving and self.rule.bwd is None and self.rule.jvp is None:
+            # It serves where nothing moves: inside another rule's jvp, say.
+            pairs = zip(needs, leaves, strict=True)
+            needs = tuple(n and torch_compat.is_differentiated(x) for n, x in pairs)
         if not any(needs):
             return self.run_primal(leaves, spec, entries, transformed)
         order = torch_compat.order(leaves) if transformed else 1

@@ -51,7 +51,7 @@ def tensor_of(value: Any, meta: Meta) -> Any:
         array = array.copy()  # torch knows neither
     try:
         return torch.from_numpy(array).to(meta.device)
-    except TypeError:  # strings, objects, another byte order
+    except (TypeError, ValueError):  # strings, objects; another byte order
         return value
 
 

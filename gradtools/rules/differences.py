@@ -57,9 +57,10 @@ def bwd_by_differences(
 
 
 def jvp_by_differences(
-    kernel: Any, external: Callable[..., Any], **options: Any
+    rule: Any, external: Callable[..., Any], **options: Any
 ) -> Callable[..., Any]:
-    """Return the jvp rule of a kernel by differences; see :func:`bwd_by_differences`."""
+    """Return the jvp rule of an external by differences; see bwd_by_differences."""
+    kernel = rule.kernel
 
     def moving(primals: Any, tangents: Any) -> list[torch.Tensor]:
         return _floating(kernel.like(primals))
@@ -78,7 +79,7 @@ def jvp_by_differences(
     operator = external(tangent, out=moving, allow_nan=True, **options)
 
     def jvp(primals: Any, tangents: Any) -> Any:
-        out = kernel(tuple(primals), {})
+        out = kernel.parameters.call(rule, primals)
         rest = iter(operator(primals, tangents))
         leaves, spec = trees.flatten(out)
         slopes = [next(rest) if is_differentiable(x) else None for x in leaves]

@@ -164,7 +164,7 @@ def external(
         if by_differences:
             state = {"vmap": vmap, "once_differentiable": True}
             made.def_bwd(bwd_by_differences(kernel, external, **state))
-            made.def_jvp(jvp_by_differences(kernel, external, **state))
+            made.def_jvp(jvp_by_differences(made, external, **state))
         elif gradient is not None:
             made.def_bwd(_bwd_of(rule, cast("Callable[..., Any]", gradient)))
         return made

@@ -277,7 +277,9 @@ def _promised(
     bare = [_detached(leaf) for leaf in leaves]
     try:
         return kernel.like(_entries(bare, spec))
-    except torch_compat.NEEDS_VALUES as error:
+    except Exception as error:
+        if not torch_compat.asks_for_values(error):
+            raise
         raise DefinitionError(
             f"{kernel.name}: out= needs the values of its arguments, and in a trace "
             "there are none",

@@ -240,6 +240,8 @@ def _span(tensor: torch.Tensor) -> tuple[int, int]:
 
 
 def _same(first: torch.Tensor, second: torch.Tensor) -> bool:
-    """Whether two tensors are equal to the bit: NaN is NaN, and -0.0 is not 0.0."""
-    flat = (t.reshape(-1).view(torch.uint8) for t in (first, second))
-    return torch.equal(*flat)
+    """Whether two tensors are equal, NaN being equal to itself."""
+    if torch.equal(first, second):
+        return True
+    unequal_to_itself = (first != first) & (second != second)
+    return bool(((first == second) | unequal_to_itself).all())
