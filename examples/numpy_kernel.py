@@ -1,9 +1,8 @@
 """Functions of numpy and scipy under rules: a banded solver and an interpolator.
 
-``numpy=True`` hands arrays over and takes arrays back; on the CPU they are the tensors'
-own memory. The gradient of a solution of ``A x = b`` is a solve with the transposed
-matrix: ``b_bar = A^-T g`` and ``A_bar = -b_bar x^T``, of which the bands are kept. It is
-made of the solver itself, so that it has derivatives of every order.
+The gradient of a solution of ``A x = b`` is a solve with the transposed matrix:
+``b_bar = A^-T g``, and ``A_bar = -b_bar x^T``, of which the bands are kept. Made of the
+solver itself, it has derivatives of every order.
 """
 
 import numpy as np
@@ -15,7 +14,7 @@ import gradtools as gt
 
 @gt.external(out=lambda bands, b: torch.empty_like(b), numpy=True)
 def solve_tridiagonal(bands, b):
-    """Solve with the matrix whose bands are the rows above, on and below the diagonal."""
+    """Solve with the bands above, on and below the diagonal, one a row."""
     return scipy.linalg.solve_banded((1, 1), bands, b)
 
 
@@ -27,11 +26,9 @@ def transposed(bands):
 
 def multiplied(left, right):
     """Return the three bands of the outer product of two vectors."""
-    zero = left.new_zeros(1)
+    pad = torch.nn.functional.pad
     above, below = left[:-1] * right[1:], left[1:] * right[:-1]
-    return torch.stack(
-        [torch.cat([zero, above]), left * right, torch.cat([below, zero])]
-    )
+    return torch.stack([pad(above, (1, 0)), left * right, pad(below, (0, 1))])
 
 
 @solve_tridiagonal.def_bwd
@@ -55,9 +52,8 @@ def _(residuals, g):
     width = xs[right] - xs[left]
     share = ((x - xs[left]) / width).clamp(0, 1)
     slope = (ys[right] - ys[left]) / width * ((x > xs[0]) & (x < xs[-1]))
-    to_points = lambda g: (
-        torch.zeros_like(ys).index_add(0, left, g * (1 - share))
-    ).index_add(0, right, g * share)
+    part = lambda index, g: torch.zeros_like(ys).index_add(0, index, g)
+    to_points = lambda g: part(left, g * (1 - share)) + part(right, g * share)
     return g * slope, to_points(-g * slope), to_points(g)
 
 
@@ -77,9 +73,8 @@ def main(n=6):
         take = getattr(torch.func, name)
         gap = take(by_rule)(bands, b) - take(by_torch)(bands, b)
         found[f"{name}, gap to the dense solver"] = gap.abs().max().item()
-    one, two = torch.func.vmap(solve_tridiagonal, (None, 0))(
-        bands, torch.stack([b, 2 * b])
-    )
+    rows = torch.stack([b, 2 * b])
+    one, two = torch.func.vmap(solve_tridiagonal, (None, 0))(bands, rows)
     found["vmap, gap"] = (two - 2 * one).abs().max().item()
     report = interpolated.gradcheck(draw(4), draw(5).sort().values, draw(5))
     found["interpolation"] = report.outcome

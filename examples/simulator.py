@@ -15,7 +15,7 @@ GRAVITY, STEP = 9.81, 1e-3
 
 
 def landed(speed, angle, drag):
-    """Return how far a ball flies, by 4th order Runge-Kutta and a last part of a step."""
+    """Return how far a ball flies, by Runge-Kutta and a last part of a step."""
 
     def rate(state):
         _, _, u, v = state

@@ -310,11 +310,11 @@ class _Examination:
 
 def _is_alike(wide: Sequence[Any], plain: Sequence[Any]) -> bool:
     """Whether outputs in double precision are those in the dtype of the call."""
-    for value, known in zip(wide, plain, strict=True):
-        if floats(known):
-            value, known = torch.nan_to_num(value), torch.nan_to_num(known)
-            gap = torch.linalg.vector_norm(value - known.to(value.dtype))
-            allowed = 30 * torch.finfo(known.dtype).eps ** 0.5
+    for value, other in zip(wide, plain, strict=True):
+        if floats(other):
+            known = torch.nan_to_num(other.to(value.dtype))
+            gap = torch.linalg.vector_norm(torch.nan_to_num(value) - known)
+            allowed = 30 * torch.finfo(other.dtype).eps ** 0.5
             if gap > allowed * torch.linalg.vector_norm(known) + 1e-30:
                 return False
     return True

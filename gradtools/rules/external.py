@@ -7,6 +7,7 @@ import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, ParamSpec, TypeVar, cast
 
+import numpy as np
 import torch
 
 from gradtools.errors import DefinitionError
@@ -140,6 +141,8 @@ def external(
 
     def state(function: Callable[..., Any]) -> External[..., Any]:
         name = name_of(function)
+        if isinstance(function, np.ufunc):  # its keywords do not go together
+            function = _by_position(function)
         kernel = Kernel(
             name,
             function,
@@ -186,6 +189,16 @@ def called(function: Callable[..., Any], kernel: Kernel) -> Callable[..., Any]:
         return run(function, args, kwargs)
 
     return functools.wraps(function)(fun)
+
+
+def _by_position(ufunc: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a ufunc as a function of its inputs alone."""
+
+    def call(*args: Any) -> Any:
+        return ufunc(*args)
+
+    call.__name__ = ufunc.__name__
+    return call
 
 
 def _bwd_of(rule: Rule, gradient: Callable[..., Any]) -> Callable[..., Any]:

@@ -188,9 +188,7 @@ class Kernel:
         alone = trees.is_leaf(trees.unflatten(like, structure))
         kind = (spec, *map(_roughly, leaves))
         metas = tuple(map(Meta.of, like))
-        return Promise(
-            None if alone else structure, metas, kind, kind in self.verified
-        )
+        return Promise(None if alone else structure, metas, kind, kind in self.verified)
 
     def like(self, entries: Sequence[Any]) -> Any:
         """Return what out= returns; raise where that is no tree of tensors."""

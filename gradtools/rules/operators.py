@@ -224,7 +224,9 @@ def _free_name(name: str) -> str:
 
 def _argument_names(paths: Sequence[str]) -> list[str]:
     """Return key paths as names of arguments: ``args.p['w']`` becomes ``p_w``."""
-    plain = [re.sub(r"\W+", "_", path.removeprefix("args.")).strip("_") for path in paths]
+    plain = [
+        re.sub(r"\W+", "_", path.removeprefix("args.")).strip("_") for path in paths
+    ]
     unique = len(set(plain)) == len(plain) and all(
         name.isidentifier() and name not in _RESERVED for name in plain
     )
@@ -270,9 +272,7 @@ def _entries(leaves: Sequence[Any], spec: trees.Spec | None) -> Sequence[Any]:
     return leaves if spec is None else trees.unflatten(leaves, spec)
 
 
-def _promised(
-    kernel: Opaque, leaves: Sequence[Any], spec: trees.Spec | None
-) -> Any:
+def _promised(kernel: Opaque, leaves: Sequence[Any], spec: trees.Spec | None) -> Any:
     """Ask out= about tensors that may have no values."""
     bare = [_detached(leaf) for leaf in leaves]
     try:

@@ -86,9 +86,7 @@ _OPTIONS: dict[str, tuple[Callable[[Any], bool], str, str]] = {
         "Use True where NaN is an answer, or leave it out.",
     ),
     "gradient": (
-        lambda value: (
-            value is None or callable(value) or value == "finite-differences"
-        ),
+        lambda value: value is None or callable(value) or value == "finite-differences",
         'no function, nor "finite-differences"',
         "Use a function gradient(cotangent, *args), or state the rule with def_bwd.",
     ),
@@ -100,8 +98,10 @@ def refuse_options(**options: Any) -> None:
     for name, value in options.items():
         fits, problem, fix = _OPTIONS[name]
         if not fits(value):
-            name = name.removeprefix("external_")
-            raise DefinitionError(f"the option {name}={value!r} is {problem}", fix=fix)
+            option = name.removeprefix("external_")
+            raise DefinitionError(
+                f"the option {option}={value!r} is {problem}", fix=fix
+            )
 
 
 def name_of(fun: Any) -> str:

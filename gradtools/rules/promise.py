@@ -159,7 +159,9 @@ class Call:
         spec = self.promise.spec
         assert spec is not None
         promised = trees.unflatten(self.promise.metas, spec)
-        self.refuse_unlike([Violation("return", describe(promised), describe(returned))])
+        self.refuse_unlike(
+            [Violation("return", describe(promised), describe(returned))]
+        )
 
     def refuse_output(self, flat: Sequence[Any]) -> NoReturn:
         """Raise for outputs of another shape, dtype or device."""
@@ -177,6 +179,7 @@ class Call:
         )
 
     def refuse_unlike(self, violations: Sequence[Violation]) -> NoReturn:
+        """Raise for what is not as out= says."""
         raise ForwardContractError(
             f"{self.kernel.name}: the kernel returned something else than out= says",
             rule=self.kernel.where,
@@ -196,6 +199,7 @@ class Call:
         )
 
     def refuse_shared(self) -> NoReturn:
+        """Raise for an output that is not memory of its own."""
         raise ForwardContractError(
             f"{self.kernel.name}: the kernel returned memory of an argument, or the "
             "same memory twice; a later edit of one would change the other",
@@ -243,5 +247,5 @@ def _same(first: torch.Tensor, second: torch.Tensor) -> bool:
     """Whether two tensors are equal, NaN being equal to itself."""
     if torch.equal(first, second):
         return True
-    unequal_to_itself = (first != first) & (second != second)
-    return bool(((first == second) | unequal_to_itself).all())
+    both_nan = torch.isnan(first) & torch.isnan(second)
+    return bool(((first == second) | both_nan).all())

@@ -52,7 +52,7 @@ def repeated(
     modes, is_watched = torch_compat.dispatch_modes, torch_compat.function_modes
     is_wrapped = torch_compat.is_wrapped
 
-    def call(args: tuple[Any, ...]) -> Any:
+    def call(args: tuple[Any, ...]) -> Any:  # noqa: PLR0912 (calls cost time)
         if len(args) != count or policy() == "always" or modes() or is_watched():
             return ASTRAY
         given, spans, versions = [], [], []

