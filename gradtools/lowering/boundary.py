@@ -37,6 +37,13 @@ from gradtools.errors import GradtoolsError, TransformError
 from gradtools.lowering import free_variables
 from gradtools.lowering.flat import Plan
 from gradtools.lowering.stand_ins import Known, Unknown
+from gradtools.lowering.trace_time import (
+    at_trace_time,
+    is_exporting_here,
+    is_moving,
+    level_is_outside,
+    must_cross,
+)
 from gradtools.lowering.traced import STATE, Traced
 from gradtools.rules.rule import Rule
 from gradtools.rules.signature import CallSignature, Parameters, flatten_entries
@@ -139,15 +146,6 @@ def register(target: Crossable | Opaque) -> str:
     return key
 
 
-def _at_trace_time(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Have Dynamo run a function while it traces, and take its result as a constant.
-
-    This is ``torch.compiler.assume_constant_result`` without its import of Dynamo.
-    """
-    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
-    return function
-
-
 _dual = torch_compat.dual_level_holder
 
 
@@ -161,16 +159,16 @@ def call(target: Crossable, args: tuple[Any, ...], kwargs: dict[str, Any]) -> An
         return getattr(target.written, name)(args, kwargs)
     entries = rule.parameters.bind(args, kwargs)
     leaves, spec = flatten_entries(entries)
-    if _is_exporting():
+    if is_exporting_here():
         if _needs_gradient(leaves):
             _warn_of_export(rule.name)
         return rule.parameters.call(rule.fun, entries)
     # Dynamo guards on the level that it reads itself, and compiles anew under another.
-    moving = _is_moving() or _dual._current_level >= 0
-    if moving and _level_is_outside():
+    moving = is_moving() or _dual._current_level >= 0
+    if moving and level_is_outside():
         _prepare(target.key)
         return _outside(target, entries)
-    if rule.bwd is None or moving or _must_cross():
+    if rule.bwd is None or moving or must_cross():
         if rule.bwd is not None or rule.jvp is not None or _needs_gradient(leaves):
             _before_trace(target.key, True)
         return _cross(target, entries, leaves, moving)
@@ -191,7 +189,7 @@ def _needs_gradient(leaves: Sequence[Any]) -> bool:
     )
 
 
-@_at_trace_time
+@at_trace_time
 def _before_trace(key: str, transformed: bool) -> None:
     """Let the check run on what Dynamo knows of the arguments."""
     known = _known()
@@ -202,7 +200,7 @@ def _before_trace(key: str, transformed: bool) -> None:
     _check(_registry[key], entries, None if transformed else known.wants, known)
 
 
-@_at_trace_time
+@at_trace_time
 def _written() -> str:
     """Have code written for this call; return the attribute that holds it.
 
@@ -218,7 +216,7 @@ def _written() -> str:
         or target.rule.bwd is None
         or torch.compiler.is_exporting()
         or torch_compat.forward_ad_active()
-        or _must_cross()
+        or must_cross()
     ):
         return ""
     try:
@@ -256,7 +254,7 @@ class _Place(str):
 def _otherwise(target: Crossable) -> Callable[[], None]:
     """Return what starts a trace anew, by the general way."""
 
-    @_at_trace_time
+    @at_trace_time
     def otherwise() -> None:
         from torch._dynamo import exc
 
@@ -293,54 +291,7 @@ def _passing(error: GradtoolsError) -> Exception:
 _SHORT = {"first_useful_frame": None, "frame_exec_strategy": None}
 
 
-@_at_trace_time
-def _must_cross() -> bool:
-    """Whether Dynamo's own treatment of a Function would be wrong."""
-    return torch_compat.transforms_active() or not _goes_through_aot()
-
-
-@_at_trace_time
-def _level_is_outside() -> bool:
-    """Whether AOT autograd would compile without the tangents that will come in."""
-    from torch._dynamo.symbolic_convert import InstructionTranslator
-
-    graphs = [
-        tracer.graph for tracer in InstructionTranslator.current_tx().output.tracers
-    ]
-    opened = (
-        "_enter_dual_level" in str(node.target) for g in graphs for node in g.nodes
-    )
-    return _goes_through_aot() and not any(opened)
-
-
-def _goes_through_aot() -> bool:
-    """Whether the backend of the running trace hands its graph to AOT autograd."""
-    from torch._dynamo.backends.common import AotAutograd
-    from torch._dynamo.symbolic_convert import InstructionTranslator
-
-    backend: Any = InstructionTranslator.current_tx().output.compiler_fn
-    while backend is not None:
-        name = getattr(backend, "__name__", None) or type(backend).__name__
-        if name.startswith("aot_") or "Inductor" in name or name in _AOT_BACKENDS:
-            return True
-        if isinstance(backend, AotAutograd):
-            return True
-        backend = getattr(backend, "_torchdynamo_orig_backend", None) or getattr(
-            backend, "compiler_fn", None
-        )
-    return False
-
-
-_AOT_BACKENDS = frozenset({"inductor", "cudagraphs", "openxla"})
-
-
-@_at_trace_time
-def _is_exporting() -> bool:
-    """Whether torch.export traces (torch 2.11 answers True to traced code, always)."""
-    return torch.compiler.is_exporting()
-
-
-@_at_trace_time
+@at_trace_time
 def _warn_of_export(name: str) -> None:
     """Say what torch.export leaves of a rule."""
     warnings.warn(
@@ -348,12 +299,6 @@ def _warn_of_export(name: str) -> None:
         "the derivative of its function, not of the rule (pytorch#106388)",
         stacklevel=2,
     )
-
-
-@_at_trace_time
-def _is_moving() -> bool:
-    """Whether forward mode is active where the rule is called."""
-    return torch_compat.forward_ad_active()
 
 
 # The crossing.
@@ -413,7 +358,7 @@ _crossing: Any = None
 _outside: Any = None
 
 
-@_at_trace_time
+@at_trace_time
 def _make_crossing() -> None:
     """Make the crossing."""
     global _crossing, _outside
@@ -428,7 +373,7 @@ def _make_crossing() -> None:
         )
 
 
-@_at_trace_time
+@at_trace_time
 def _refuse_strict_export(key: str) -> None:
     """Raise where torch.export traces by Dynamo, which cannot write the crossing."""
     if torch.compiler.is_exporting():
@@ -443,7 +388,7 @@ def _refuse_strict_export(key: str) -> None:
         )
 
 
-@_at_trace_time
+@at_trace_time
 def _prepare(key: str) -> None:
     """Make the crossing, and list anew what the rule's functions read."""
     _make_crossing()
@@ -469,7 +414,7 @@ def _identity(leaf: Any) -> int:
     return id(leaf)
 
 
-@_at_trace_time
+@at_trace_time
 def _constant_id(leaf: Any) -> int:
     """Return the identity of a function that torch 2.11 will not give us."""
     return id(leaf)

@@ -14,8 +14,6 @@ a :class:`.State`, found by the coarser key that decides when a rule counts as c
 from __future__ import annotations
 
 import contextlib
-import ctypes
-import types
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -88,7 +86,7 @@ class Lowered:
             (function, path)
             for function in functions_of
             for path in free_variables.free_variables(function).values()
-            if not _never_holds_tensors(free_variables.follow(function, path))
+            if not contents.never_holds_tensors(free_variables.follow(function, path))
         ]
 
     @boundary.unseen
@@ -368,15 +366,6 @@ class Lowered:
                     tensor is leaf for leaf in leaves
                 ):
                     yield tensor
-
-
-def _never_holds_tensors(value: Any) -> bool:
-    """Whether a free variable need not be looked through at every call.
-
-    Another rule looks for what it captures itself.
-    """
-    is_library = isinstance(value, (types.ModuleType, type, ctypes.CDLL))
-    return is_library or hasattr(type(value), "run_entries")
 
 
 def wanted(leaves: Sequence[Any], transformed: bool, moving: bool) -> tuple[bool, ...]:
