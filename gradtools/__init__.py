@@ -14,6 +14,7 @@ from gradtools.probing import is_checking
 from gradtools.rules.convert import closure_convert
 from gradtools.rules.custom_jvp import custom_jvp
 from gradtools.rules.custom_vjp import custom_vjp
+from gradtools.rules.external import external
 from gradtools.rules.identities import (
     clip_grad,
     grad_map,
@@ -62,6 +63,7 @@ __all__ = [
     "custom_jvp",
     "custom_root",
     "custom_vjp",
+    "external",
     "functional",
     "ggnvp",
     "ggnvp_fn",

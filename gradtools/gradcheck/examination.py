@@ -226,6 +226,8 @@ class _Examination:
         plain = _copied(probe)
         try:
             outs = subject.fun(wide)
+            if self.rule.is_opaque and not _is_alike(outs, subject.fun(plain)):
+                return plain  # such a kernel reads other memory than it is told of
             run = subject.fwd(wide)
             if self.rule.jvp is None or [*capabilities] != ["forward mode"]:
                 subject.bwd(run, [torch.ones_like(o) for o in run.outs if floats(o)])
@@ -304,6 +306,18 @@ class _Examination:
         """Ask whether a batch gives what its elements give."""
         self.current = "vmap"
         self.add(batch(self.subject, batched, leaves))
+
+
+def _is_alike(wide: Sequence[Any], plain: Sequence[Any]) -> bool:
+    """Whether outputs in double precision are those in the dtype of the call."""
+    for value, other in zip(wide, plain, strict=True):
+        if floats(other):
+            known = torch.nan_to_num(other.to(value.dtype))
+            gap = torch.linalg.vector_norm(torch.nan_to_num(value) - known)
+            allowed = 30 * torch.finfo(other.dtype).eps ** 0.5
+            if gap > allowed * torch.linalg.vector_norm(known) + 1e-30:
+                return False
+    return True
 
 
 def _copied(probe: Probe) -> Probe:

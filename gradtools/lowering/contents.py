@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import types
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -26,6 +27,7 @@ __all__ = [
     "hidden_tensors",
     "modules_within",
     "name_of",
+    "never_holds_tensors",
     "place_of",
     "tensors_used",
     "unnamed",
@@ -199,3 +201,12 @@ def hidden_numbers(value: Any) -> list[Any]:
 
 
 _NUMBERS = (float, complex, np.ndarray, np.generic)
+
+
+def never_holds_tensors(value: Any) -> bool:
+    """Whether a free variable need not be looked through at every call.
+
+    Another rule looks for what it captures itself.
+    """
+    is_library = isinstance(value, (types.ModuleType, type, ctypes.CDLL))
+    return is_library or hasattr(type(value), "run_entries")

@@ -14,7 +14,6 @@ a :class:`.State`, found by the coarser key that decides when a rule counts as c
 from __future__ import annotations
 
 import contextlib
-import types
 from collections.abc import Callable, Generator, Hashable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -87,7 +86,7 @@ class Lowered:
             (function, path)
             for function in functions_of
             for path in free_variables.free_variables(function).values()
-            if not isinstance(free_variables.follow(function, path), _NEVER_TENSORS)
+            if not contents.never_holds_tensors(free_variables.follow(function, path))
         ]
 
     @boundary.unseen
@@ -147,6 +146,10 @@ class Lowered:
     ) -> Any:
         """Run the rule on flat values by the way that the moment asks for."""
         needs = wanted(leaves, transformed, moving)
+        if moving and self.rule.bwd is None and self.rule.jvp is None:
+            # It serves where nothing moves: inside another rule's jvp, say.
+            pairs = zip(needs, leaves, strict=True)
+            needs = tuple(n and torch_compat.is_differentiated(x) for n, x in pairs)
         if not any(needs):
             return self.run_primal(leaves, spec, entries, transformed)
         order = torch_compat.order(leaves) if transformed else 1
@@ -363,9 +366,6 @@ class Lowered:
                     tensor is leaf for leaf in leaves
                 ):
                     yield tensor
-
-
-_NEVER_TENSORS = (types.ModuleType, type)
 
 
 def wanted(leaves: Sequence[Any], transformed: bool, moving: bool) -> tuple[bool, ...]:

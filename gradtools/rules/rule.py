@@ -88,6 +88,7 @@ class Rule:
     off the functions' signatures.
 
     Attributes:
+        is_opaque: What fun does with a dtype that it was not written for is unknown.
         definition: How the derivative is stated, for messages.
         fwd_takes_needs: fwd asks for ``needs``.
         bwd_takes_needs: bwd asks for ``needs``.
@@ -110,6 +111,7 @@ class Rule:
     autocast: torch.dtype | None = None
     probe: Callable[..., Any] | None = None
     is_method: bool = False
+    is_opaque: bool = False
     definition: str = "@{name}.def_bwd, or {name}.defvjp(fwd, bwd)"
     fwd_takes_needs: bool = dataclasses.field(init=False)
     bwd_takes_needs: bool = dataclasses.field(init=False)

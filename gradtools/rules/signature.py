@@ -264,11 +264,14 @@ def describe(paths: Sequence[str], leaves: Sequence[Any]) -> str:
     return ", ".join(parts)
 
 
+_LEAVES = {torch.Tensor, type(None), bool, int, float, str}  # to ask takes a while
+
+
 def flatten_entries(
     entries: tuple[Any, ...],
 ) -> tuple[Sequence[Any], trees.Spec | None]:
     """Lay the values of a call flat; the structure is None if they are flat already."""
     for entry in entries:
-        if not (type(entry) is torch.Tensor or trees.is_leaf(entry)):
+        if not (type(entry) in _LEAVES or trees.is_leaf(entry)):
             return trees.flatten(entries)
     return entries, None
