@@ -1,12 +1,11 @@
 """Ten transformer layers with dropout, each run again in the backward.
 
-What is kept is the arguments alone. The parameters are an argument, so they get
-gradients; the state of the random numbers is a residual, so that the dropout of the
-second run is that of the first.
+The parameters are an argument, so they get gradients. The state of the random numbers
+is a residual, so the second run has the dropout of the first.
 """
 
-import time
 import weakref
+from timeit import timeit
 
 import torch
 from torch import nn
@@ -16,65 +15,66 @@ from torch.utils.checkpoint import checkpoint
 import gradtools as gt
 
 torch.manual_seed(0)
-layers = nn.ModuleList(
-    nn.TransformerEncoderLayer(32, 4, 64, dropout=0.1, batch_first=True)
-    for _ in range(10)
-)
+layer = lambda: nn.TransformerEncoderLayer(32, 4, 64, dropout=0.1, batch_first=True)
+layers = nn.ModuleList(layer() for _ in range(10))
 call, *_ = gt.functional(layers[0])  # all ten are made alike
 
 
 @gt.custom_vjp(once_differentiable=True)
-def rematerialized(params, x):
+def rerun(params, x):
     return call(params, {}, x)
 
 
-@rematerialized.def_fwd
+@rerun.def_fwd
 def _(params, x):
     state = torch.get_rng_state()
     return call(params, {}, x), (params, x, state)
 
 
-@rematerialized.def_bwd
+@rerun.def_bwd
 def _(residuals, g):
     params, x, state = residuals
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), torch.enable_grad():
         torch.set_rng_state(state)
-        _, pullback = gt.vjp(lambda params, x: call(params, {}, x), params, x)
-        return pullback(g)
+        inputs = [p.detach().requires_grad_() for p in (*params.values(), x)]
+        out = call(dict(zip(params, inputs, strict=False)), {}, inputs[-1])
+    *of_params, of_x = torch.autograd.grad(out, inputs, g)
+    return dict(zip(params, of_params, strict=True)), of_x
 
 
-by_gradtools = lambda layer, x: rematerialized(dict(layer.named_parameters()), x)
-by_torch = lambda layer, x: checkpoint(layer, x, use_reentrant=False)
-plain = lambda layer, x: layer(x)
-
-
-class Peak(TorchDispatchMode):
-    """The most bytes that were alive at one time, of those made under it."""
-
-    def __init__(self):
-        super().__init__()
-        self.alive = self.most = 0
-        self.known = weakref.WeakSet()
+class Peak(TorchDispatchMode):  # the most bytes at one time, of tensors made under it
+    alive = most = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        for tensor in out if isinstance(out, tuple | list) else (out,):
-            memory = tensor.untyped_storage() if torch.is_tensor(tensor) else None
-            if memory is not None and memory not in self.known:
-                self.known.add(memory)
-                self.alive += memory.nbytes()
-                weakref.finalize(memory, self.free, memory.nbytes())
-        self.most = max(self.most, self.alive)
+        for tensor in filter(torch.is_tensor, out if type(out) is tuple else (out,)):
+            memory = tensor.untyped_storage()
+            if not hasattr(memory, "end"):
+                memory.end = weakref.finalize(memory, self.add, -memory.nbytes())
+                self.add(memory.nbytes())
         return out
 
-    def free(self, size):
-        self.alive -= size
+    def add(self, size):
+        self.alive += size
+        self.most = max(self.most, self.alive)
 
 
 def step(run, x):
-    layers.zero_grad()
     torch.manual_seed(1)  # the same dropout for all
     for layer in layers:
         x = run(layer, x)
-    x.square().mean().backward()
-    return [p.grad.clone() for p in layers.parameters()]
+    return torch.autograd.grad(x.square().mean(), [*layers.parameters()])
+
+
+x, memory, seconds, gradients = torch.randn(8, 64, 32), {}, {}, {}
+for name, run in {
+    "nothing": lambda layer, x: layer(x),
+    "torch": lambda layer, x: checkpoint(layer, x, use_reentrant=False),
+    "a rule": lambda layer, x: rerun(dict(layer.named_parameters()), x),
+}.items():
+    gradients[name] = step(run, x)  # and the check
+    with Peak() as peak:
+        step(run, x)
+    memory[name] = peak.most / 2**20
+    seconds[name] = timeit("step(run, x)", globals=globals(), number=2) / 2
+    print(f"checkpointed by {name}: {memory[name]:.1f} MiB, {seconds[name]:.2f} s")

@@ -47,6 +47,10 @@ def closure():
 optimizer.step(closure)
 accuracy = ((x[1400:] @ w).argmax(1) == y[1400:]).double().mean().item()
 logits = (x[:100] @ w).detach()
-gap = gt.grad(cross_entropy)(logits, y[:100]) - gt.grad(F.cross_entropy)(logits, y[:100])
-print(f"test accuracy {accuracy:.1%}; gradient off by {gap.abs().max():.1e} from torch's")
+gap = gt.grad(cross_entropy)(logits, y[:100]) - gt.grad(F.cross_entropy)(
+    logits, y[:100]
+)
+print(
+    f"test accuracy {accuracy:.1%}; gradient off by {gap.abs().max():.1e} from torch's"
+)
 print(cross_entropy.reports[0])

@@ -298,6 +298,49 @@ def _term(culprit: Culprit, reference: Reference) -> Found:
     return None
 
 
+def _term_along(culprit: Culprit, reference: Reference) -> Found:
+    """Recognize an error that is a mean or a sum over a dimension, times something.
+
+    Derivatives of norms and of softmaxes consist of such terms.
+    """
+    if not reference.is_complete:
+        return None
+    shape = culprit.trial.probe.leaves[culprit.place].shape
+    error = reference.said - reference.right
+    error = error.reshape(len(error), *shape)
+    for dim in range(1, error.dim()):
+        if error.shape[dim] < 3 or error.numel() < 6:
+            continue
+        for name, known in _factors(culprit, reference):
+            factor = torch.ones_like(error) if known is None else known.reshape_as(error)
+            square = numeric.products(factor, factor).sum(dim, keepdim=True)
+            share = (factor.conj() * error).sum(dim, keepdim=True)
+            if _close(torch.where(square > 0, share / square, 0) * factor, error):
+                return "term", (
+                    "a term is missing, or there is one too many, or it has the wrong "
+                    f"sign: along dimension {dim - 1} it is {name}"
+                )
+    return None
+
+
+def _factors(
+    culprit: Culprit, reference: Reference
+) -> Iterator[tuple[str, torch.Tensor | None]]:
+    """Yield what an error may be proportional to along a dimension, with names."""
+    yield "constant, as a mean or a sum is", None
+    run, count = culprit.trial.run, len(reference.said)
+    for number, kept in enumerate(run.kept):
+        if kept.shape == reference.leaf.shape and kept.dtype == reference.leaf.dtype:
+            source = run.layout.kept[number]
+            if source.kind == "input":
+                name = run.probe.paths[source.number]
+            else:
+                name = "the output" if source.kind == "output" else f"residual {number}"
+            yield f"proportional to {name}", reference.sampled([kept] * count)
+    for name, known in _quantities(culprit, reference):
+        yield f"proportional to {name}", known
+
+
 def _quantities(
     culprit: Culprit, reference: Reference
 ) -> Iterator[tuple[str, torch.Tensor]]:
@@ -333,6 +376,7 @@ _KINDS: Sequence[Callable[[Culprit, Reference], Found]] = (
     _rearranged,
     _unsummed,
     _term,
+    _term_along,
 )
 
 
