@@ -4,15 +4,13 @@ Each is checked at its own first call, and ``python -m gradtools check`` on this
 prints a table of all five, on the arguments that ``probe=`` gives.
 """
 
-import math
-
 import torch
 import torch.nn.functional as F
 
 import gradtools as gt
 
 ALPHA, SCALE = 1.6732632423543772, 1.0507009873554805  # of SELU
-SLOPE, CUBIC = math.sqrt(2 / math.pi), 0.044715  # of GELU's approximation
+SLOPE, CUBIC = (2 / torch.pi) ** 0.5, 0.044715  # of GELU's approximation
 probe = lambda: (torch.linspace(-3.0, 3.0, 24),)
 
 
@@ -23,7 +21,7 @@ def swish(x, beta):
 
 @swish.def_bwd
 def _(residuals, g):
-    (x, beta), out = residuals
+    (x, beta), _ = residuals
     s = torch.sigmoid(beta * x)
     ds = g * x * s * (1 - s)
     return g * s + beta * ds, (x * ds).sum_to_size(beta.shape)

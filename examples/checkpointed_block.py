@@ -8,15 +8,14 @@ import weakref
 from timeit import timeit
 
 import torch
-from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import gradtools as gt
 
 torch.manual_seed(0)
-layer = lambda: nn.TransformerEncoderLayer(32, 4, 64, dropout=0.1, batch_first=True)
-layers = nn.ModuleList(layer() for _ in range(10))
+layer = lambda: torch.nn.TransformerEncoderLayer(32, 4, 64, 0.1, batch_first=True)
+layers = torch.nn.ModuleList(layer() for _ in range(10))
 call, *_ = gt.functional(layers[0])  # all ten are made alike
 
 
@@ -38,11 +37,11 @@ def _(residuals, g):
         torch.set_rng_state(state)
         inputs = [p.detach().requires_grad_() for p in (*params.values(), x)]
         out = call(dict(zip(params, inputs, strict=False)), {}, inputs[-1])
-    *of_params, of_x = torch.autograd.grad(out, inputs, g)
-    return dict(zip(params, of_params, strict=True)), of_x
+    *found, of_x = torch.autograd.grad(out, inputs, g)
+    return dict(zip(params, found, strict=True)), of_x
 
 
-class Peak(TorchDispatchMode):  # the most bytes at one time, of tensors made under it
+class Peak(TorchDispatchMode):  # the most bytes at one time
     alive = most = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):

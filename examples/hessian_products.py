@@ -48,12 +48,3 @@ for way, found in gradients.items():
 
 report = quadratic.gradcheck(batch, A)  # everything, now: second order, vmap, jvp
 print(report.headline)
-
-# a Newton step by products alone: the minimum of f(x)^2 + |x - v|^2 is approached
-loss = lambda x: f(x) ** 2 + (x - v).square().sum()
-for _ in range(12):
-    hessian = gt.hvp_fn(loss, x)
-    step, info = gt.cg(hessian, hessian.grad, damping=1.0)
-    x = x - step
-slope = gt.grad(loss)(x).norm().item()
-print(f"|gradient| {slope:.1e} after 12 steps of Newton's method")
