@@ -21,7 +21,7 @@ from gradtools.gradcheck import numeric
 from gradtools.gradcheck.numeric import Comparison
 from gradtools.gradcheck.reference import Reference
 from gradtools.gradcheck.trial import Trial
-from gradtools.rules.rule import Approximate, Surrogate
+from gradtools.rules.rule import Approximate, Surrogate, place
 
 __all__ = ["Culprit", "sentence"]
 
@@ -63,15 +63,19 @@ class Culprit:
             else "not the derivative of the function"
         )
         role = "bwd"
+        function = rule.which("bwd" if rule.bwd is not None else "jvp")
+        kind, says = sentence(self)
+        fix = _FIXES.get(kind, _FIX)
         if isinstance(claimed, Surrogate):
             role = "the reference of its contract"
-        kind, says = sentence(self)
+            function = f"reference ({place(claimed.reference)})"
+            fix = _FIX_OF_REFERENCE
         return GradientMismatchError(
             f"{rule.name}: what {role} returns for {self.path} is {what}: {says}",
             rule=rule.where,
-            function=rule.which("bwd" if rule.bwd is not None else "jvp"),
+            function=function,
             violations=list(self.violations()),
-            fix=_FIXES.get(kind, _FIX),
+            fix=fix,
             kind=kind,
         )
 
@@ -113,6 +117,10 @@ class Culprit:
 _FIX = (
     "Correct bwd; if it is meant to differ, declare contract=Surrogate(...) or "
     "Approximate(...)."
+)
+_FIX_OF_REFERENCE = (
+    "Correct the reference: it is the derivative itself, what bwd was before it was "
+    "deliberately changed."
 )
 _FIXES = {
     "missing sum": "Sum over the dimensions along which the argument was broadcast: "

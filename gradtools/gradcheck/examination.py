@@ -248,6 +248,7 @@ class _Examination:
             if claimed.reference is None:
                 self.note("derivative", "passed", "a surrogate, not compared")
                 return
+            self.note("bwd", "passed", "a surrogate, not compared; its reference is:")
             first = self.of_reference(first, claimed)
         trial = Trial.of(subject, first.run, 1, [first.cotangents], [first.values])
         if self.full:
