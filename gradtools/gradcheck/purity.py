@@ -91,7 +91,8 @@ def _call_elsewhere(subject: Subject, run: Run) -> None:
 
     What fwd leaves in a global, in a closure or on an object is that of its last call.
     """
-    near = probes.moved_off_kinks(run.probe, subject.generator)
+    every = [place for place, leaf in enumerate(run.probe.leaves) if floats(leaf)]
+    near = probes.moved_off_kinks(run.probe, subject.generator, every)
     with contextlib.suppress(Exception):  # not every function takes what is near
         subject.fwd(near)
 

@@ -231,6 +231,19 @@ def test_what_fwd_leaves_outside_of_the_residuals_is_found(way):
     assert "among the residuals" in error.fix
 
 
+def test_what_is_left_of_an_argument_without_a_gradient_is_found_as_well():
+    shelf = Shelf()
+
+    def fwd(x, w):
+        shelf.w = w
+        return x * w, ()
+
+    rule = stated(fun=lambda x, w: x * w, fwd=fwd, bwd=lambda _, g: (g * shelf.w, None))
+    fails_at_the_first_call(
+        rule, "state", "came last", points().requires_grad_(), points()
+    )
+
+
 def test_a_tensor_inside_an_opaque_residual_is_watched_for_edits():
     def fwd(x):
         shelf = Shelf()
