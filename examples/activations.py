@@ -1,7 +1,6 @@
 """Five activations with derivatives of their own: one module, five rules.
 
-Each is checked at its own first call, and ``python -m gradtools check`` on this file
-prints a table of all five, on the arguments that ``probe=`` gives.
+Each is checked at its first call; ``python -m gradtools check`` prints a table of all.
 """
 
 import torch
@@ -9,8 +8,8 @@ import torch.nn.functional as F
 
 import gradtools as gt
 
-ALPHA, SCALE = 1.6732632423543772, 1.0507009873554805  # of SELU
-SLOPE, CUBIC = (2 / torch.pi) ** 0.5, 0.044715  # of GELU's approximation
+ALPHA, SCALE = 1.6732632423543772, 1.0507009873554805
+SLOPE, CUBIC = (2 / torch.pi) ** 0.5, 0.044715
 probe = lambda: (torch.linspace(-3.0, 3.0, 24),)
 
 
@@ -23,8 +22,8 @@ def swish(x, beta):
 def _(residuals, g):
     (x, beta), _ = residuals
     s = torch.sigmoid(beta * x)
-    ds = g * x * s * (1 - s)
-    return g * s + beta * ds, (x * ds).sum_to_size(beta.shape)
+    h = g * x * s * (1 - s)
+    return g * s + beta * h, (h * x).sum_to_size(beta.shape)
 
 
 @gt.custom_vjp(probe=probe)
@@ -48,8 +47,7 @@ def gelu(x):
 def _(residuals, g):
     (x,), _ = residuals
     t = torch.tanh(SLOPE * (x + CUBIC * x**3))
-    inner = SLOPE * (1 + 3 * CUBIC * x**2)
-    return g * 0.5 * (1 + t + x * (1 - t * t) * inner)
+    return g * 0.5 * (1 + t + x * (1 - t * t) * SLOPE * (1 + 3 * CUBIC * x**2))
 
 
 @gt.custom_vjp(probe=probe)
@@ -60,7 +58,7 @@ def elu(x):
 @elu.def_bwd
 def _(residuals, g):
     (x,), _ = residuals
-    return g * torch.exp(x.clamp(max=0))  # 1 where x > 0
+    return g * torch.exp(x.clamp(max=0))
 
 
 @gt.custom_vjp(probe=probe)
@@ -75,4 +73,7 @@ def _(residuals, g):
 
 
 for rule in (swish, mish, gelu, elu, selu):
-    print(rule.gradcheck(*rule.rule.probe()).headline)
+    try:
+        print(rule.gradcheck().headline)
+    except gt.GradientMismatchError as error:  # the others go on
+        print(error.what)

@@ -1,7 +1,8 @@
 """Hessian-vector products of f(x) = x^T A x, with A not symmetric.
 
 The gradient is (A + A^T) x and the Hessian A + A^T; 2 A x is right for a symmetric A
-only. x is a vector, or a batch of them: the rule is the same.
+only. So ``probe=`` has the rule checked on one that is not, whatever a call brings.
+x is a vector, or a batch of them.
 """
 
 import torch
@@ -9,7 +10,7 @@ import torch
 import gradtools as gt
 
 
-@gt.custom_vjp
+@gt.custom_vjp(probe=lambda: (torch.randn(5, 6), torch.randn(6, 6)))
 def quadratic(x, A):
     return (x @ A * x).sum(-1)
 

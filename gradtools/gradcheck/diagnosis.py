@@ -320,7 +320,9 @@ def _term_along(culprit: Culprit, reference: Reference) -> Found:
         if error.shape[dim] < 3 or error.numel() < 6:
             continue
         for name, known in _factors(culprit, reference):
-            factor = torch.ones_like(error) if known is None else known.reshape_as(error)
+            factor = (
+                torch.ones_like(error) if known is None else known.reshape_as(error)
+            )
             square = numeric.products(factor, factor).sum(dim, keepdim=True)
             share = (factor.conj() * error).sum(dim, keepdim=True)
             if _close(torch.where(square > 0, share / square, 0) * factor, error):

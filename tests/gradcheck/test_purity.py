@@ -193,7 +193,9 @@ def test_an_edit_that_is_idempotent_is_found_as_well():
         return x.clone(), (x,)
 
     rule = stated(
-        fun=lambda x: x.clamp(min=0), fwd=fwd, bwd=lambda residuals, g: g * (residuals[0] > 0)
+        fun=lambda x: x.clamp(min=0),
+        fwd=fwd,
+        bwd=lambda residuals, g: g * (residuals[0] > 0),
     )
     x = torch.tensor([-1.0, 2.0, 3.0])
     fails_at_the_first_call(
