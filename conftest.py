@@ -26,10 +26,12 @@ def _names(namespace: dict[str, Any]) -> None:
 pytest_collect_file = (
     Sybil(
         parsers=[PythonCodeBlockParser(doctest_optionflags=OPTIONS)],
-        patterns=["README.md", "docs/*.md"],
+        patterns=["README.md", "docs/*.md", "docs/**/*.md"],
         setup=_names,
     )
     + Sybil(
-        parsers=[DocTestParser(OPTIONS)], patterns=["gradtools/**/*.py"], setup=_names
+        parsers=[DocTestParser(OPTIONS)],
+        patterns=["gradtools/*.py", "gradtools/**/*.py"],
+        setup=_names,
     )
 ).pytest()

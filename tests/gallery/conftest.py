@@ -1,5 +1,6 @@
 """The scripts of the gallery, run as their readers run them."""
 
+import contextlib
 import runpy
 from pathlib import Path
 
@@ -10,16 +11,18 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
 @pytest.fixture(scope="session")
-def gallery():
+def gallery(tmp_path_factory):
     """Return the names that a script leaves behind; each script runs once."""
     left = {}
+    folder = tmp_path_factory.mktemp("gallery")  # what a script draws goes there
 
     def names_of(script):
         if script not in left:
             dtype = torch.get_default_dtype()
             torch.set_default_dtype(torch.float32)
             try:
-                left[script] = runpy.run_path(str(EXAMPLES / f"{script}.py"))
+                with contextlib.chdir(folder):
+                    left[script] = runpy.run_path(str(EXAMPLES / f"{script}.py"))
             finally:
                 torch.set_default_dtype(dtype)
         return left[script]

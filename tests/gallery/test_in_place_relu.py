@@ -71,7 +71,7 @@ def test_a_function_that_edits_its_input_is_refused(names):
     relu = gt.custom_vjp(clamped)
     relu.def_bwd(lambda residuals, g: g * (residuals[1] > 0))
     x, before = inputs()
-    with pytest.raises(gt.GradientMismatchError, match="fun changes args.x in place"):
+    with pytest.raises(gt.GradientMismatchError, match=r"fun changes args\.x in p"):
         relu(x)
     assert torch.equal(x, before)
 

@@ -36,7 +36,7 @@ def test_the_second_derivative_is_that_of_the_formula(names):
 
 NAMED = {
     "lost keepdim": r"args\.x is not the derivative.*a term is missing",
-    "sign": r"args\.x .* wrong sign: along dimension 1 it is proportional to residual 0",
+    "sign": r"args\.x .* sign: along dimension 1 it is proportional to residual 0",
     "missing term": r"args\.x .* along dimension 1 it is constant, as a mean or a sum",
     "mean for sum": r"args\.scale .* a mean over 5 numbers",
     "sum over features": r"args\.scale is not the derivative of the function",

@@ -219,7 +219,7 @@ def handed_over(way):
     }[way]
 
     def fwd(x):
-        put(**{"x": x.detach()}) if way == "a dict" else put(x.detach())
+        put(x=x.detach()) if way == "a dict" else put(x.detach())
         return torch.sin(x), ()
 
     return stated(fwd=fwd, bwd=lambda residuals, g: g * get().cos())
