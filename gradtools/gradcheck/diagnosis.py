@@ -151,7 +151,7 @@ Found = tuple[str, str] | None
 
 
 def _not_finite(culprit: Culprit, reference: Reference) -> Found:
-    bad = ~torch.isfinite(reference.said)
+    bad = (~torch.isfinite(reference.said)).any(0)  # with any of the cotangents
     if not bool(bad.any()):
         return None
     return "not finite", f"{int(bad.sum())} of its numbers are NaN or infinite"
@@ -190,6 +190,8 @@ def _mean_over(culprit: Culprit, factor: float) -> int | None:
     leaf = trial.probe.leaves[culprit.place]
     shapes = [leaf.shape, *(out.shape for out in trial.outs)]
     shapes += [x.shape for x in trial.probe.leaves if isinstance(x, torch.Tensor)]
+    if leaf.dim() < 2 and len(set(shapes)) == 1:  # nothing there that could be summed
+        return None
     sizes = {size for shape in shapes for size in shape}
     sizes |= {shape[:k].numel() for shape in shapes for k in range(len(shape) + 1)}
     sizes |= {out.numel() // max(leaf.numel(), 1) for out in trial.outs}
