@@ -21,7 +21,8 @@ help: ## List the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 10
 
 demo: $(READY) ## Train a classifier with custom rules; print figures, draw one
-	$(BIN)/python examples/digits.py
+	for script in digits inside_a_network compiled_step; do \
+	    $(BIN)/python examples/$$script.py || exit 1; done
 
 test: lint types unit ## Lint, types and tests
 

@@ -204,8 +204,9 @@ class _Examination:
         most = MANY_NUMBERS
         while (small := probes.smaller(probe, most)) is not None:
             try:
-                outs = self.subject.fun(small)
-                self.subject.fwd(small.watched(anew=False))
+                trial = _copied(small)  # an edit in place is to be seen later, fresh
+                outs = self.subject.fun(trial)
+                self.subject.fwd(trial.watched(anew=False))
             except Exception:  # a reshape to fixed sizes, say
                 return None
             if _size(small.leaves) + _size(outs) <= MANY_NUMBERS:
@@ -225,10 +226,11 @@ class _Examination:
         wide = probes.in_double(probe)
         plain = _copied(probe)
         try:
-            outs = subject.fun(wide)
+            trial = _copied(wide)  # x.data.clamp_(0) shows only where it is the first
+            outs = subject.fun(trial)
             if self.rule.is_opaque and not _is_alike(outs, subject.fun(plain)):
                 return plain  # such a kernel reads other memory than it is told of
-            run = subject.fwd(wide)
+            run = subject.fwd(trial)
             if self.rule.jvp is None or [*capabilities] != ["forward mode"]:
                 subject.bwd(run, [torch.ones_like(o) for o in run.outs if floats(o)])
             subject.in_double = all(
@@ -248,6 +250,7 @@ class _Examination:
             if claimed.reference is None:
                 self.note("derivative", "passed", "a surrogate, not compared")
                 return
+            self.note("bwd", "passed", "a surrogate, not compared; its reference is:")
             first = self.of_reference(first, claimed)
         trial = Trial.of(subject, first.run, 1, [first.cotangents], [first.values])
         if self.full:

@@ -31,6 +31,7 @@ __all__ = [
     "place_of",
     "tensors_used",
     "unnamed",
+    "versions",
 ]
 
 
@@ -143,6 +144,24 @@ def hidden_tensors(value: Any) -> list[tuple[str, torch.Tensor]]:
         for path, tensor in _reachable(value, "", 4, set())
         if tensor.dtype.is_floating_point or tensor.dtype.is_complex
     ]
+
+
+def versions(objects: Iterable[Any]) -> tuple[tuple[str, torch.Tensor, int], ...]:
+    """Return the floating tensors inside objects, each with its path and its version.
+
+    What modules hold may change: statistics of a batch are for nobody's derivative.
+    """
+    return tuple(
+        (f"residuals, a {type(value).__name__} ({path.lstrip('.')})", tensor, version)
+        for value in objects
+        if not isinstance(value, torch.nn.Module)
+        for path, tensor in hidden_tensors(value)
+        if (version := _version(tensor)) is not None
+    )
+
+
+def _version(tensor: torch.Tensor) -> int | None:
+    return None if tensor.is_inference() else tensor._version
 
 
 def tensors_used(

@@ -13,7 +13,12 @@ from typing import Any
 import torch
 
 from gradtools import trees
-from gradtools.errors import BackwardContractError, ForwardContractError, Violation
+from gradtools.errors import (
+    BackwardContractError,
+    ForwardContractError,
+    TransformError,
+    Violation,
+)
 from gradtools.lowering.contents import hidden_tensors
 from gradtools.lowering.residuals import opaque_objects
 from gradtools.rules.rule import Rule
@@ -24,6 +29,7 @@ __all__ = [
     "cotangents",
     "output_and_residuals",
     "output_tangents",
+    "refuse_edited",
     "refuse_hidden_outputs",
     "refuse_unlike",
 ]
@@ -62,6 +68,29 @@ def output_and_residuals(rule: Rule, returned: Any) -> tuple[Any, Any]:
         violations=[Violation("return", "a tuple of 2", describe(returned))],
         fix="Return (output, residuals); with nothing to keep, return (output, ()).",
     )
+
+
+def refuse_edited(
+    rule: Rule, versions: Sequence[tuple[str, torch.Tensor, int]]
+) -> None:
+    """Raise where a tensor inside an opaque residual was edited after fwd.
+
+    torch watches over the tensors that it saves; over these only we can.
+    """
+    edited = [
+        Violation(where, f"a tensor at version {known}", f"version {tensor._version}")
+        for where, tensor, known in versions
+        if tensor._version != known
+    ]
+    if edited:
+        raise TransformError(
+            f"{rule.name}: a tensor that bwd needs was changed in place after fwd had "
+            "kept it inside an opaque object",
+            rule=rule.where,
+            function=rule.which("fwd"),
+            violations=edited,
+            fix="Change a copy of it, tensor.clone(), or do so after the backward.",
+        )
 
 
 def refuse_hidden_outputs(

@@ -183,6 +183,8 @@ class Plan:
             contract.refuse_hidden_outputs(self.rule, outputs, leaves)
         tensors, structure = Structure.split(residuals)
         layout, new = lay_out(outputs, outs, structure, tensors, leaves)
+        if layout.opaque:
+            layout.versions = contents.versions(layout.opaque)
         if new and not torch.is_grad_enabled():
             self._refuse_captured(new, leaves)
         return self._own(outs, leaves), new, layout
@@ -229,6 +231,8 @@ class Plan:
         leading: tuple[int, ...] = (),
     ) -> Optional:
         """Run bwd; return one cotangent per leaf."""
+        if layout.versions:
+            contract.refuse_edited(self.rule, layout.versions)
         if self.rule.bwd is None:
             if self.state.jvp_linear is not None:
                 raise self.state.jvp_linear

@@ -44,9 +44,19 @@ class Layout:
         floating: For each output tensor whether it is differentiable; None: all are.
         opaque: The objects among the residuals in which numbers may be hidden.
         rng: Random state before fwd, where fwd is known to draw.
+        versions: The tensors inside those objects, each with its path and its version.
     """
 
-    __slots__ = ("floating", "kept", "opaque", "outputs", "residuals", "rng", "slots")
+    __slots__ = (
+        "floating",
+        "kept",
+        "opaque",
+        "outputs",
+        "residuals",
+        "rng",
+        "slots",
+        "versions",
+    )
 
     def __init__(
         self,
@@ -63,6 +73,7 @@ class Layout:
         self.floating = floating
         self.opaque: tuple[Any, ...] = ()
         self.rng: Any = None
+        self.versions: tuple[tuple[str, torch.Tensor, int], ...] = ()
 
     def pick(
         self, leaves: Sequence[Any], outs: Sequence[Any], new: Sequence[Any]

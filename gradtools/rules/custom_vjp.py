@@ -201,13 +201,19 @@ class StatedRule(Generic[P, R]):
     def gradcheck(self, *args: P.args, **kwargs: P.kwargs) -> Report:
         """Check the rule on these arguments now, whatever the policy.
 
+        Without any, it is checked on those that its ``probe=`` returns.
+
         Returns:
             What was checked, with figures; it prints as a table.
 
         Raises:
             GradientMismatchError: The rule is not what its contract claims.
         """
-        return self.checker.check_in_full(*self.plan_for_check(args, kwargs))
+        given: Any = args
+        if not args and not kwargs and self.rule.probe is not None:
+            given = self.rule.probe()
+            given = given if isinstance(given, tuple) else (given,)
+        return self.checker.check_in_full(*self.plan_for_check(given, kwargs))
 
     @property
     def reports(self) -> tuple[Report, ...]:
