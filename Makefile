@@ -15,7 +15,7 @@ INSTALLED ?= tests/rules tests/runtime/test_distribution.py tests/runtime/test_h
 
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help demo test lint types unit package sweep bench format clean
+.PHONY: help demo test lint types unit package docs sweep bench format clean
 
 help: ## List the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 10
@@ -44,6 +44,11 @@ package: $(READY) ## Build wheel and sdist; test what they install
 	$(BIN)/python -m build --no-isolation
 	WORKERS=$(WORKERS) .ci/installed $(BIN)/python $(INSTALLED)
 
+docs: $(READY) ## Build the documentation: docs/_build/html/index.html
+	$(BIN)/python -m sphinx -q -W --keep-going -b html docs docs/_build/html
+	$(BIN)/python -m sphinx -q -W --keep-going -b linkcheck docs docs/_build/linkcheck
+	$(BIN)/python -m tests.docs.links docs/_build/html
+
 sweep: $(READY) ## Put the check to the test: mutants, torch's operators, cost
 	$(BIN)/python -m tests.benchmarks.mutants --jobs $(WORKERS)
 	$(BIN)/python -m tests.benchmarks.false_alarms --jobs $(WORKERS)
@@ -58,7 +63,7 @@ format: $(READY) ## Mend what can be mended
 	$(BIN)/ruff format .
 
 clean: ## Remove environments and everything that was made
-	rm -rf .venv .venv-* build dist .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-* build dist docs/_build .pytest_cache .ruff_cache .hypothesis
 
 # torch first, by its exact version: a range would choose another build of it.
 $(READY): pyproject.toml constraints.txt

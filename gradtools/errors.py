@@ -38,7 +38,7 @@ class GradtoolsError(Exception):
         what: The first line of the message.
         rule: Name and place of the rule, or ``None``.
         function: Name and place of the user's function that is to blame, or ``None``.
-        violations: Every place that is wrong, as :class:`Violation`.
+        violations: Every place that is wrong, as :class:`.Violation`.
         fix: What to do about it.
 
     Example:

@@ -78,6 +78,16 @@ def forward_ad_active() -> bool:
     )
 
 
+def tangents_move() -> bool:
+    """Whether a rule that is called now would be asked for a tangent.
+
+    Not within the forward of a Function: what level is open is its own affair.
+    """
+    return forward_ad_active() and (
+        torch._C._is_fwd_grad_enabled() or any(map(_is_jvp, _interpreters() or ()))
+    )
+
+
 def _is_jvp(interpreter: Any) -> bool:
     return interpreter.key() == _functorch.TransformType.Jvp
 

@@ -8,7 +8,9 @@ that term out makes a Hessian wrong without a sign.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -19,6 +21,7 @@ from gradtools.lowering.flat import Lowerable
 from gradtools.lowering.forward_mode import pulled_back
 from gradtools.lowering.replay import replayed
 from gradtools.lowering.residuals import Layout
+from gradtools.rules.rule import Rule
 
 __all__ = ["Ends", "Inputs", "residual_cotangents", "residual_tangents", "traced"]
 
@@ -180,23 +183,44 @@ def residual_tangents(
 
     Runs inside a Function's jvp, with tangents switched on again: the leaves carry
     those of the innermost level, so running fwd on them is forward mode already.
-    Where an operation has no forward mode, the vjp is transposed instead.
+    Where an operation has no forward mode, the vjp is transposed instead. So it is
+    where fwd calls the rule itself, as fwd in JAX likes to: the tangent of that call
+    would ask for those of its residuals, and so on for ever, though nobody reads it.
     """
-    try:
-        with replayed(layout.rng):
-            new = plan.forward(duals)[1]
-        return [torch_compat.tangent_of(tensor) for tensor in new]
-    except NotImplementedError:
-        primals = [
-            torch_compat.primal_of(leaf) if isinstance(leaf, torch.Tensor) else leaf
-            for leaf in duals
-        ]
-        moved = [tangent is not None for tangent in tangents]
-        function, given = _fwd_of(plan, layout, primals, moved)
+    if plan.rule not in _under_way.rules:
+        try:
+            with _under_way.of(plan.rule), replayed(layout.rng):
+                new = plan.forward(duals)[1]
+            return [torch_compat.tangent_of(tensor) for tensor in new]
+        except NotImplementedError:
+            pass
+    primals = [
+        torch_compat.primal_of(leaf) if isinstance(leaf, torch.Tensor) else leaf
+        for leaf in duals
+    ]
+    moved = [tangent is not None for tangent in tangents]
+    function, given = _fwd_of(plan, layout, primals, moved)
 
-        def pull_back(*cotangents: torch.Tensor) -> Tensors:
-            return pulled_back(function, given, cotangents, primals)
+    def pull_back(*cotangents: torch.Tensor) -> Tensors:
+        return pulled_back(function, given, cotangents, primals)
 
-        ones = [torch.ones_like(output) for output in function(*given)]
-        known = [tangent for tangent in tangents if tangent is not None]
-        return list(pulled_back(pull_back, ones, known, primals))
+    ones = [torch.ones_like(output) for output in function(*given)]
+    known = [tangent for tangent in tangents if tangent is not None]
+    return list(pulled_back(pull_back, ones, known, primals))
+
+
+class _UnderWay(threading.local):
+    """The rules whose residuals are being moved, by thread."""
+
+    rules: tuple[Rule, ...] = ()
+
+    @contextlib.contextmanager
+    def of(self, rule: Rule) -> Iterator[None]:
+        before, self.rules = self.rules, (*self.rules, rule)
+        try:
+            yield
+        finally:
+            self.rules = before
+
+
+_under_way = _UnderWay()

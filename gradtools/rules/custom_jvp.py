@@ -21,7 +21,7 @@ R = TypeVar("R")
 
 
 class CustomJVP(StatedRule[P, R]):
-    """A function with a forward-mode rule of its own; made by :func:`custom_jvp`."""
+    """A function with a forward-mode rule of its own; made by :func:`.custom_jvp`."""
 
     __slots__ = ()
 
@@ -29,7 +29,7 @@ class CustomJVP(StatedRule[P, R]):
     def defjvp(self, jvp: F) -> F:
         """State the rule: ``jvp(primals, tangents) -> (output, output_tangent)``.
 
-        See :meth:`def_jvp`, which this is under its name in JAX.
+        See :meth:`~.CustomVJP.def_jvp`, which this is under its name in JAX.
         """
         return self.def_jvp(jvp)
 
@@ -108,7 +108,7 @@ def custom_jvp(
         probe: Returns the arguments to check the rule on.
 
     Returns:
-        The function, with the methods of :class:`CustomJVP`; or a decorator.
+        The function, with the methods of :class:`.CustomJVP`; or a decorator.
 
     Raises:
         DefinitionError: An option means nothing.

@@ -264,7 +264,7 @@ class StatedRule(Generic[P, R]):
 
 
 class CustomVJP(StatedRule[P, R]):
-    """A function with a backward of its own; made by :func:`custom_vjp`."""
+    """A function with a backward of its own; made by :func:`.custom_vjp`."""
 
     __slots__ = ()
 
@@ -355,7 +355,7 @@ def custom_vjp(
     """Give a function a derivative of its own.
 
     The function is stated as usual, its forward and backward as two pure functions with
-    :meth:`~CustomVJP.def_fwd` and :meth:`~CustomVJP.def_bwd`. From then on it works
+    :meth:`~.CustomVJP.def_fwd` and :meth:`~.CustomVJP.def_bwd`. From then on it works
     under ``backward``, every ``torch.func`` transform in any nesting, forward mode,
     derivatives of any order and ``torch.compile``. On its first call with a signature
     it is checked against the function, see :class:`gradcheck_policy`.
@@ -386,7 +386,7 @@ def custom_vjp(
         probe: Returns the arguments to check the rule on, in place of those of a call.
 
     Returns:
-        The function, with the methods of :class:`CustomVJP`; or, without a function, a
+        The function, with the methods of :class:`.CustomVJP`; or, without a function, a
         decorator.
 
     Raises:

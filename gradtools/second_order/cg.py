@@ -74,7 +74,7 @@ def cg(
             takes one batch dimension.
 
     Returns:
-        ``(x, info)`` with x in the structure of b, and a :class:`CGInfo`.
+        ``(x, info)`` with x in the structure of b, and a :class:`.CGInfo`.
 
     Raises:
         DefinitionError: The products of A have another structure than b, or

@@ -17,7 +17,7 @@ HEAD = """\
 
 What a rule costs beside the same rule written by hand. `make bench` measures all of
 this and writes this page; the figures of each run are in
-[performance/runs](performance/runs).
+`docs/performance/runs`.
 """
 HOW = f"""\
 ## Where the time goes

@@ -186,3 +186,48 @@ def test_a_rule_that_calls_itself_has_a_forward_mode():
         dual = torch.autograd.forward_ad.make_dual(x, v)
         out = torch.autograd.forward_ad.unpack_dual(stated(2.0, dual)).tangent
     assert_close(out, 2 * torch.exp(2 * x) * v)
+
+
+MARK = 10.0
+
+
+@pytest.mark.parametrize("keeps_output", [False, True])
+def test_a_fwd_that_calls_its_rule_has_a_forward_mode(keeps_output, unchecked):
+    """As the example of jax.custom_vjp does; the rule is ten times the derivative."""
+    rule = gt.custom_vjp(lambda x, y: torch.exp(x) * y)
+
+    def fwd(x, y):
+        out = rule(x, y)
+        again = out / y if keeps_output else torch.exp(x)
+        return out, (torch.sin(again), again, y)
+
+    rule.defvjp(fwd, lambda res, g: (MARK * g * res[1] * res[2], MARK * g * res[1]))
+    x, y = torch.tensor([0.3, -0.5]), torch.tensor([2.0, 0.7])
+    u, v = torch.tensor([1.0, 0.4]), torch.tensor([-1.0, 0.2])
+    tangent = MARK * torch.exp(x) * (y * u + v)
+    out, moved = torch.func.jvp(rule, (x, y), (u, v))
+    assert_close(out, torch.exp(x) * y)
+    assert_close(moved, tangent)
+    with torch.autograd.forward_ad.dual_level():
+        duals = map(torch.autograd.forward_ad.make_dual, (x, y), (u, v))
+        dual = rule(*duals)
+        assert_close(torch.autograd.forward_ad.unpack_dual(dual).tangent, tangent)
+    assert_close(
+        torch.func.vmap(lambda *p: torch.func.jvp(rule, p[:2], p[2:])[1])(x, y, u, v),
+        tangent,
+    )
+
+
+def test_a_fwd_that_calls_its_rule_has_second_derivatives_in_every_order():
+    rule = gt.custom_vjp(lambda x: torch.exp(x))
+    rule.defvjp(lambda x: (rule(x), torch.sinh(x)), _sinh_and_more)
+    x = torch.tensor(0.7)
+    grad, jacfwd = torch.func.grad, torch.func.jacfwd
+    for outer in (grad, jacfwd):
+        for inner in (grad, jacfwd):
+            assert_close(outer(inner(rule))(x), x.exp())
+            assert_close(torch.func.jacrev(outer(inner(rule)))(x), x.exp())
+
+
+def _sinh_and_more(sinh, g):
+    return (g * (sinh + (1 + sinh * sinh).sqrt()),)

@@ -4,7 +4,19 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from tests import capabilities
 from tests.transforms.cases import CASES
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    """What a test finds is what docs/capabilities.md says."""
+    report = yield
+    if report.skipped or (report.when == "call" and report.passed):
+        contradiction = capabilities.disagreement(report)
+        if contradiction is not None:
+            report.outcome, report.longrepr = "failed", contradiction
+    return report
 
 
 @pytest.fixture(params=CASES, ids=str)
