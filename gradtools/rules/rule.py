@@ -72,6 +72,8 @@ class Rule:
         definition: How the derivative is stated, for messages.
         fwd_takes_needs: fwd asks for ``needs``.
         bwd_takes_needs: bwd asks for ``needs``.
+        fits_cotangents: What bwd returns is fitted to the arguments as torch does it:
+            summed, cast, dropped for an integer; elsewhere that is an error.
         bwd_takes_self: bwd was written as a method: ``bwd(self, residuals,
             cotangent)``.
         jvp_takes_self: So was the jvp rule: ``jvp(self, primals, tangents)``.
@@ -91,6 +93,7 @@ class Rule:
     autocast: torch.dtype | None = None
     probe: Callable[..., Any] | None = None
     is_method: bool = False
+    fits_cotangents: bool = False
     definition: str = "@{name}.def_bwd, or {name}.defvjp(fwd, bwd)"
     fwd_takes_needs: bool = dataclasses.field(init=False)
     bwd_takes_needs: bool = dataclasses.field(init=False)
