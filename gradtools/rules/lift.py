@@ -6,6 +6,7 @@ run with a :class:`.Context`, whose content becomes the residuals of a rule.
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -25,7 +26,7 @@ from gradtools.lowering.residuals import Remark
 from gradtools.rules.custom_vjp import CustomVJP
 from gradtools.rules.options import refuse_options
 from gradtools.rules.recorded_context import Context, Outputs, kept, restored
-from gradtools.rules.rule import Contract, Exact, Rule, VmapMode
+from gradtools.rules.rule import Contract, Exact, Rule, VmapMode, place
 from gradtools.rules.signature import Parameters
 
 __all__ = ["Lifted", "lift"]
@@ -54,18 +55,23 @@ class Lifted(CustomVJP[..., Any]):
             return out[-1].undone(out[:-1])
         return out
 
+    def _state(self, **parts: Any) -> None:
+        """Replace parts of the rule; a jvp that is given is a usual one."""
+        if "jvp" in parts:
+            self.rule = dataclasses.replace(self.rule, jvp_takes_residuals=False)
+        super()._state(**parts)
+
     def __set_name__(self, owner: type, name: str) -> None:
         """Stay what it is: in the body of a class it is a function, no method."""
 
     def __reduce__(self) -> Any:
-        stated = {role: getattr(self.rule, role) for role in ("jvp", "vmap_rule")}
-        own = {"jvp": self.function.jvp, "vmap_rule": self.function.vmap}
-        changed = {
+        made = lift(self.function, **self._options).rule
+        stated = {
             role: function
-            for role, function in stated.items()
-            if function is not None and _stated(self.function, own[role]) is None
+            for role in ("fwd", "bwd", "jvp", "vmap_rule")
+            if place(function := getattr(self.rule, role)) != place(getattr(made, role))
         }
-        return _lifted_again, (self.function, self._options, changed)
+        return _lifted_again, (self.function, self._options, stated)
 
 
 def _lifted_again(
@@ -172,6 +178,7 @@ def lift(
         fwd=fwd if has_bwd else None,
         bwd=_bwd(function, parts, parameters) if has_bwd else None,
         jvp=_jvp(function, parts, parameters) if parts.jvp is not None else None,
+        jvp_takes_residuals=has_bwd and parts.jvp is not None,
         vmap_rule=parts.vmap,
         contract=contract,
         vmap=vmap,
@@ -340,14 +347,45 @@ def _runner(function: type[Function], parts: _Parts) -> Callable[..., Any]:
 
 def _fun(function: type[Function], parts: _Parts) -> Callable[..., Any]:
     run = _runner(function, parts)
+    signature = _signature(parts)
+    by_name = {
+        name: p.default
+        for name, p in signature.parameters.items()
+        if p.kind is not p.VAR_POSITIONAL
+    }
+    names = tuple(by_name)
 
-    def fun(*args: Any) -> Any:
+    def fun(*args: Any, **kwargs: Any) -> Any:
+        if kwargs or len(args) < len(names):
+            args = _bound(function, names, by_name, args, kwargs)
         needs = tuple(isinstance(arg, torch.Tensor) and arg.requires_grad for arg in args)
         context = Context(function, needs)
         out = run(context, args)
         return Bits.hide(out, context)
 
-    return _named(fun, function, parts.forward, _signature(parts))
+    return _named(fun, function, parts.forward, signature)
+
+
+def _bound(
+    function: type[Function],
+    names: tuple[str, ...],
+    defaults: dict[str, Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> tuple[Any, ...]:
+    """Return the arguments of forward by position, defaults applied."""
+    rest = names[len(args) :]
+    unknown = [name for name in kwargs if name not in rest]
+    values = [kwargs.get(name, defaults[name]) for name in rest]
+    missing = [
+        name
+        for name, value in zip(rest, values, strict=True)
+        if value is inspect.Parameter.empty
+    ]
+    if unknown or missing:
+        problem = f"got {unknown} by name" if unknown else f"is missing {missing}"
+        raise TypeError(f"{function.__name__}() {problem}")
+    return (*args, *values)
 
 
 def _fwd(function: type[Function], parts: _Parts) -> Callable[..., Any]:
@@ -358,7 +396,8 @@ def _fwd(function: type[Function], parts: _Parts) -> Callable[..., Any]:
         context = Context(function, _flags(needs))
         out = run(context, args)
         outputs = Outputs.of(out, context.materialize_grads)
-        return Bits.hide(out, context), (*kept(context, args), outputs)
+        found = kept(context, args, moving=parts.jvp is not None)
+        return Bits.hide(out, context), (*found, outputs)
 
     signature = _signature(parts)
     needs = inspect.Parameter("needs", inspect.Parameter.KEYWORD_ONLY)
@@ -373,7 +412,7 @@ def _bwd(
     nondiff = parameters.nondiff
 
     def bwd(*given: Any, needs: Any) -> Any:
-        (saved, attributes, outputs), cotangent = given[-2:]
+        (saved, _, attributes, outputs), cotangent = given[-2:]
         context = restored(Context(function, _flags(needs)), saved, attributes)
         cotangents = outputs.cotangents(cotangent)
         try:
@@ -401,19 +440,23 @@ def _jvp(
     jvp: Any = parts.jvp
     run = _runner(function, parts)
     nondiff = parameters.nondiff
+    has_bwd = parts.backward is not None
 
     def push(*given: Any) -> Any:
-        *front, primals, tangents = given
+        end = len(nondiff)
+        front, (primals, tangents, *recorded) = given[:end], given[end:]
         if nondiff:
             primals = _merged(primals, nondiff, front)
             tangents = _merged(tangents, nondiff, [None] * len(front))
         flags = tuple(isinstance(tangent, torch.Tensor) for tangent in tangents)
         context = Context(function, flags)
-        out = run(context, tuple(primals))
-        context.saved_tensors = context.saved_for_forward
-        moved = jvp(context, *tangents)
-        shown = Bits.hide(out, context)
-        return shown, _like_output(shown, moved)
+        if has_bwd:  # forward has run, perhaps where torch.func could not follow
+            out, (_, saved, attributes, _) = recorded
+            restored(context, saved, attributes)
+        else:
+            out = Bits.hide(run(context, tuple(primals)), context)
+            context.saved_tensors = context.saved_for_forward
+        return out, _like_output(out, jvp(context, *tangents))
 
     kinds = inspect.Parameter
     signature = inspect.Signature([kinds("given", kinds.VAR_POSITIONAL)])

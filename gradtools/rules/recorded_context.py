@@ -131,25 +131,29 @@ class Held:
         self.tensor = tensor
 
 
-def kept(context: Context, args: Sequence[Any]) -> tuple[Any, dict[str, Any]]:
-    """Return what a context keeps, as residuals: saved tensors and attributes."""
-    saved, attributes = tuple(context.to_save), dict(vars(context))
-    if not _makes_own_graphs(saved, attributes, args):
-        return saved, attributes
-    own = {id(tensor) for tensor in _with_own_graph((saved, attributes), args)}
-    return trees.map_tensors(
-        lambda tensor: Held(tensor) if id(tensor) in own else tensor,
-        (saved, attributes),
-    )
+def kept(context: Context, args: Sequence[Any], *, moving: bool) -> tuple[Any, ...]:
+    """Return what a context keeps, as residuals.
 
+    Args:
+        context: The context that forward has seen.
+        args: The arguments of forward.
+        moving: Whether the class has a jvp, which reads tensors of its own.
 
-def _makes_own_graphs(saved: Any, attributes: Any, args: Sequence[Any]) -> bool:
-    """Whether a graph can only be one of forward's own: torch records none here."""
+    Returns:
+        The tensors for backward, those for jvp, and the attributes, as a dict.
+    """
+    for_jvp = tuple(context.saved_for_forward) if moving else ()
+    found = tuple(context.to_save), for_jvp, dict(vars(context))
     recording = torch.is_grad_enabled() and any(
         isinstance(arg, torch.Tensor) and arg.requires_grad for arg in args
     )
-    own = _with_own_graph((saved, attributes), args)
-    return not recording and next(own, None) is not None
+    # Where torch records nothing, a graph can only be one of forward's own.
+    own = set() if recording else {id(t) for t in _with_own_graph(found, args)}
+    if not own:
+        return found
+    return trees.map_tensors(
+        lambda tensor: Held(tensor) if id(tensor) in own else tensor, found
+    )
 
 
 def _with_own_graph(tree: Any, args: Sequence[Any]) -> Iterator[torch.Tensor]:
