@@ -290,7 +290,7 @@ class _Matching:
 
     def match_leaf(self, number: int, value: Any, where: str) -> None:
         meta = self.signature.metas[number]
-        if self.rule.fits_cotangents and isinstance(value, torch.Tensor):
+        if self.rule.is_lifted and isinstance(value, torch.Tensor):
             if meta is None:
                 return
             value = _fitted(meta, value, sums=not self.leading)

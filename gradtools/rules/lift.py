@@ -93,6 +93,7 @@ def lift(
     contract: Contract = Exact(),  # noqa: B008 (immutable)
     vmap: VmapMode | None = None,
     once_differentiable: bool | None = None,
+    edits_in_place: bool = False,
     autocast: torch.dtype | None = None,
     probe: Callable[[], Any] | None = None,
 ) -> Lifted:
@@ -121,6 +122,8 @@ def lift(
             it serves where no gradient is wanted, and says that torch cannot.
         once_differentiable: Second derivatives are an error. By default what the
             decorator of that name on backward says.
+        edits_in_place: The class writes into what it is given: arguments in forward,
+            saved tensors and cotangents in backward. It gets copies.
         autocast: Under autocast, cast floating arguments to this dtype and run without
             it.
         probe: Returns the arguments to check the rule on, in place of those of a call.
@@ -152,11 +155,18 @@ def lift(
         "contract": contract,
         "vmap": vmap,
         "once_differentiable": once_differentiable,
+        "edits_in_place": edits_in_place,
         "autocast": autocast,
         "probe": probe,
     }
     _refuse_no_function(function)
-    parts = _Parts.of(function)
+    if not isinstance(edits_in_place, bool):
+        raise DefinitionError(
+            f"the option edits_in_place={edits_in_place!r} is no bool",
+            fix="Use True for a class that writes into what it is given, or leave it "
+            "out.",
+        )
+    parts = _Parts.of(function, edits_in_place)
     if once_differentiable is None:
         once_differentiable = parts.is_once_differentiable
     if vmap is None:
@@ -168,16 +178,16 @@ def lift(
         autocast=autocast,
         probe=probe,
     )
-    fun, fwd = _fun(function, parts), _fwd(function, parts)
+    fun, has_bwd = _fun(function, parts), parts.backward is not None
     parameters = Parameters(fun, nondiff_argnums, nondiff_argnames)
-    has_bwd = parts.backward is not None
+    nondiff = parameters.nondiff
     rule = Rule(
         name=function.__name__,
         fun=fun,
         parameters=parameters,
-        fwd=fwd if has_bwd else None,
-        bwd=_bwd(function, parts, parameters) if has_bwd else None,
-        jvp=_jvp(function, parts, parameters) if parts.jvp is not None else None,
+        fwd=_fwd(function, parts, nondiff) if has_bwd else None,
+        bwd=_bwd(function, parts, nondiff) if has_bwd else None,
+        jvp=_jvp(function, parts, nondiff) if parts.jvp is not None else None,
         jvp_takes_residuals=has_bwd and parts.jvp is not None,
         vmap_rule=parts.vmap,
         contract=contract,
@@ -186,7 +196,7 @@ def lift(
         materialize_grads=False,
         autocast=autocast,
         probe=probe,
-        fits_cotangents=True,
+        is_lifted=True,
         definition="a backward, or a jvp, on the class {name}",
     )
     return Lifted(rule, function, given)
@@ -207,8 +217,8 @@ def _refuse_no_function(function: Any) -> None:
         )
     if hasattr(function, "forward_extended"):
         raise DefinitionError(
-            f"{function.__name__} is a NestedIOFunction, whose forward and backward are "
-            "called in another way",
+            f"{function.__name__} is a NestedIOFunction, whose forward and backward "
+            "are called in another way",
             fix="Derive it from torch.autograd.Function, or use custom_vjp: it takes "
             "pytrees.",
         )
@@ -235,9 +245,10 @@ class _Parts(NamedTuple):
     jvp: Callable[..., Any] | None
     vmap: Callable[..., Any] | None
     is_once_differentiable: bool
+    edits_in_place: bool
 
     @classmethod
-    def of(cls, function: type[Function]) -> _Parts:
+    def of(cls, function: type[Function], edits_in_place: bool) -> _Parts:
         """Take a class apart."""
         backward = _stated(function, function.backward) or _stated(
             function, function.vjp
@@ -257,6 +268,7 @@ class _Parts(NamedTuple):
             _stated(function, function.jvp),
             _stated(function, function.vmap),
             once,
+            edits_in_place,
         )
 
 
@@ -322,8 +334,11 @@ def _named(
 def _runner(function: type[Function], parts: _Parts) -> Callable[..., Any]:
     """Return what runs forward on a context, and looks at what it did."""
     forward, setup_context = parts.forward, parts.setup_context
+    edits = parts.edits_in_place
 
     def run(context: Context, args: tuple[Any, ...]) -> Any:
+        if edits:
+            args = tuple(_copied(args))
         try:
             if setup_context is None:
                 out = forward(context, *args)
@@ -358,8 +373,7 @@ def _fun(function: type[Function], parts: _Parts) -> Callable[..., Any]:
     def fun(*args: Any, **kwargs: Any) -> Any:
         if kwargs or len(args) < len(names):
             args = _bound(function, names, by_name, args, kwargs)
-        needs = tuple(isinstance(arg, torch.Tensor) and arg.requires_grad for arg in args)
-        context = Context(function, needs)
+        context = Context(function, (False,) * len(args))
         out = run(context, args)
         return Bits.hide(out, context)
 
@@ -388,12 +402,14 @@ def _bound(
     return (*args, *values)
 
 
-def _fwd(function: type[Function], parts: _Parts) -> Callable[..., Any]:
+def _fwd(
+    function: type[Function], parts: _Parts, nondiff: Sequence[int]
+) -> Callable[..., Any]:
     run = _runner(function, parts)
 
     def fwd(*args: Any, needs: Any) -> Any:
         _refuse_needs_inside(function, parts, needs)
-        context = Context(function, _flags(needs))
+        context = Context(function, _flags(needs, nondiff))
         out = run(context, args)
         outputs = Outputs.of(out, context.materialize_grads)
         found = kept(context, args, moving=parts.jvp is not None)
@@ -406,15 +422,18 @@ def _fwd(function: type[Function], parts: _Parts) -> Callable[..., Any]:
 
 
 def _bwd(
-    function: type[Function], parts: _Parts, parameters: Parameters
+    function: type[Function], parts: _Parts, nondiff: Sequence[int]
 ) -> Callable[..., Any]:
     backward: Any = parts.backward
-    nondiff = parameters.nondiff
+    edits = parts.edits_in_place
 
     def bwd(*given: Any, needs: Any) -> Any:
         (saved, _, attributes, outputs), cotangent = given[-2:]
-        context = restored(Context(function, _flags(needs)), saved, attributes)
+        context = restored(Context(function, _flags(needs, nondiff)), saved, attributes)
         cotangents = outputs.cotangents(cotangent)
+        if edits:
+            context.saved_tensors = tuple(_copied(context.saved_tensors))
+            cotangents = _copied(cotangents)
         try:
             returned = _without_autocast(cotangents, backward, context)
         except (RuntimeError, TypeError) as error:
@@ -435,11 +454,10 @@ def _bwd(
 
 
 def _jvp(
-    function: type[Function], parts: _Parts, parameters: Parameters
+    function: type[Function], parts: _Parts, nondiff: Sequence[int]
 ) -> Callable[..., Any]:
     jvp: Any = parts.jvp
     run = _runner(function, parts)
-    nondiff = parameters.nondiff
     has_bwd = parts.backward is not None
 
     def push(*given: Any) -> Any:
@@ -448,8 +466,8 @@ def _jvp(
         if nondiff:
             primals = _merged(primals, nondiff, front)
             tangents = _merged(tangents, nondiff, [None] * len(front))
-        flags = tuple(isinstance(tangent, torch.Tensor) for tangent in tangents)
-        context = Context(function, flags)
+        flags = [isinstance(tangent, torch.Tensor) for tangent in tangents]
+        context = Context(function, _flags(flags, nondiff))
         if has_bwd:  # forward has run, perhaps where torch.func could not follow
             out, (_, saved, attributes, _) = recorded
             restored(context, saved, attributes)
@@ -463,16 +481,22 @@ def _jvp(
     return _named(push, function, jvp, signature)
 
 
-def _flags(needs: Sequence[Any]) -> tuple[bool, ...]:
+def _flags(needs: Sequence[Any], nondiff: Sequence[int]) -> tuple[bool, ...]:
     """Return ``needs_input_grad``: torch does not look into containers."""
-    return tuple(need is True for need in needs)
+    return tuple(
+        need is True and index not in nondiff for index, need in enumerate(needs)
+    )
 
 
 def _merged(values: Sequence[Any], places: Sequence[int], others: Any) -> list[Any]:
     merged = list(values)
-    for place, other in zip(places, others, strict=True):
-        merged.insert(place, other)
+    for index, other in zip(places, others, strict=True):
+        merged.insert(index, other)
     return merged
+
+
+def _copied(values: Sequence[Any]) -> list[Any]:
+    return [x.clone() if isinstance(x, torch.Tensor) else x for x in values]
 
 
 def _without_autocast(
@@ -493,10 +517,10 @@ def _fitted(returned: Any, needs: Sequence[Any]) -> tuple[Any, ...]:
     """
     values = returned if isinstance(returned, tuple) else (returned,)
     count = len(needs)
-    while len(values) > count and values[-1] is None:
+    while len(values) > count and values and values[-1] is None:
         values = values[:-1]
-    missing = _flags(needs[len(values) :])
-    if missing and not any(missing) and values:
+    missing = needs[len(values) :]
+    if missing and not any(need is True for need in missing):
         values = (*values, *[None] * len(missing))
     return values
 
@@ -597,13 +621,13 @@ _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def _refuse_dirty(function: type[Function], parts: _Parts, context: Context) -> None:
-    if context.dirty_tensors:
+    if context.dirty_tensors and not parts.edits_in_place:
         raise DefinitionError(
             f"{function.__name__}: forward changes an argument in place (mark_dirty), "
             "which a rule must not",
             rule=_where(function, parts),
-            fix="Have forward return a new tensor, without mark_dirty; or call the "
-            "class itself through apply.",
+            fix=f"Let it work on copies: lift({function.__name__}, "
+            "edits_in_place=True); the argument then stays as it was.",
         )
 
 
@@ -672,11 +696,12 @@ def _of_a_transform(
         for value in values
     ):
         return None
+    problem = str(error).partition("\n")[0]
     return TransformError(
         f"{function.__name__}: forward or backward cannot run on the tensors of a "
-        f"torch.func transform: {str(error).splitlines()[0] if str(error) else error!r}",
+        f"torch.func transform: {problem}",
         rule=f"{function.__name__} ({function.__module__})",
-        fix=f'Under vmap, run it one element at a time: lift({function.__name__}, '
+        fix=f"Under vmap, run it one element at a time: lift({function.__name__}, "
         'vmap="sequential"); a Function that it applies itself must be lifted too.',
     )
 

@@ -151,9 +151,9 @@ def compiled(loss, values):
 
 
 def compiled_grad(loss, values):
-    return torch.compile(
-        lambda *values: grad(loss, values), backend="aot_eager"
-    )(*values)
+    return torch.compile(lambda *values: grad(loss, values), backend="aot_eager")(
+        *values
+    )
 
 
 USES = [
