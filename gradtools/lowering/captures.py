@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -181,7 +181,7 @@ def may_hide_parameters(leaf: Any) -> bool:
 
 
 def refuse_hidden_parameters(
-    rule: Rule, paths: list[str], leaves: Sequence[Any]
+    rule: Rule, paths: list[str], leaves: Iterable[Any]
 ) -> None:
     """Raise for a module or callable argument with parameters that need a gradient."""
     violations = []
@@ -189,9 +189,7 @@ def refuse_hidden_parameters(
         if not may_hide_parameters(leaf) or (index == 0 and rule.is_method):
             continue  # what self holds and the rule uses, Watch finds
         hidden = [
-            path
-            for path, tensor in hidden_tensors(leaf)
-            if needs_gradient(tensor) and not any(tensor is other for other in leaves)
+            path for path, tensor in hidden_tensors(leaf) if needs_gradient(tensor)
         ]
         if hidden:
             kind, path = type(leaf).__name__, hidden[0].lstrip(".")

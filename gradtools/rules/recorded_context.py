@@ -105,7 +105,9 @@ class Outputs(Remark):
 
     def cotangents(self, cotangent: Any) -> list[Any]:
         """Return what torch would hand to backward: one value per output."""
-        given = cotangent if self.is_tuple else (cotangent,)
+        # Where outputs cross as bits, a tuple comes though forward returned none.
+        is_tuple = self.is_tuple or isinstance(cotangent, tuple)
+        given = cotangent if is_tuple else (cotangent,)
         values: list[Any] = []
         for value, like in zip(given, self.likes, strict=False):
             if like is None:  # no tensor, or a container that torch does not look into
@@ -131,7 +133,9 @@ class Held:
         self.tensor = tensor
 
 
-def kept(context: Context, args: Sequence[Any], *, moving: bool) -> tuple[Any, ...]:
+def kept(
+    context: Context, args: Sequence[Any], *, moving: bool
+) -> tuple[tuple[Any, ...], tuple[Any, ...], dict[str, Any]]:
     """Return what a context keeps, as residuals.
 
     Args:
@@ -140,7 +144,7 @@ def kept(context: Context, args: Sequence[Any], *, moving: bool) -> tuple[Any, .
         moving: Whether the class has a jvp, which reads tensors of its own.
 
     Returns:
-        The tensors for backward, those for jvp, and the attributes, as a dict.
+        The tensors for backward, those for jvp, and the attributes.
     """
     for_jvp = tuple(context.saved_for_forward) if moving else ()
     found = tuple(context.to_save), for_jvp, dict(vars(context))
