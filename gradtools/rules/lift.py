@@ -21,7 +21,7 @@ from gradtools.rules.lifted_functions import make_bwd, make_fun, make_fwd, make_
 from gradtools.rules.marked_outputs import Bits
 from gradtools.rules.options import refuse_options
 from gradtools.rules.rule import Contract, Exact, Rule, VmapMode, place
-from gradtools.rules.shared_parameters import shared
+from gradtools.rules.shared_parameters import shared_arguments
 from gradtools.rules.signature import Parameters
 
 __all__ = ["Lifted", "lift"]
@@ -46,7 +46,7 @@ class Lifted(CustomVJP[..., Any]):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the function, as ``function.apply`` would."""
         if not is_tracing():
-            args = shared(args)
+            args = shared_arguments(args)
         out = super().__call__(*args, **kwargs)
         if type(out) is tuple and out and type(out[-1]) is Bits:
             return out[-1].undone(out[:-1])

@@ -22,7 +22,12 @@ from gradtools.rules.function_class import (
 )
 from gradtools.rules.marked_outputs import Bits
 from gradtools.rules.recorded_context import Context, Outputs, kept, restored
-from gradtools.rules.shared_parameters import Sharing, bared, exchanged
+from gradtools.rules.shared_parameters import (
+    Sharing,
+    bared,
+    exchanged,
+    shared_attributes,
+)
 
 __all__ = ["make_bwd", "make_fun", "make_fwd", "make_jvp"]
 
@@ -125,14 +130,15 @@ def make_fwd(
         context = Context(function, _flags(needs, nondiff))
         out = run(context, args)
         outputs = Outputs.of(out, context.materialize_grads)
-        shared = tuple(arg for arg in args if type(arg) is Sharing)
-        places = {place for arg in shared for place in arg.places}
-        used = {place: args[place] for place in sorted(places)}
         saved, for_jvp, attributes = kept(context, args, moving=moving)
-        for arg in shared:  # known as an argument, and not as what holds tensors
-            for name, value in attributes.items():
-                if value is arg.callable:
-                    attributes[name] = arg
+        if attributes:
+            attributes = shared_attributes(attributes, args)
+        used = {
+            place: args[place]
+            for value in (*args, *attributes.values())
+            if type(value) is Sharing
+            for place in value.places
+        }
         out = Bits.hide(out, context.non_differentiable)
         return out, (saved, for_jvp, attributes, used, outputs)
 
@@ -151,13 +157,9 @@ def make_bwd(
         (saved, _, attributes, used, outputs), cotangent = given[-2:]
         if used:
             saved, used = _wanting_gradients(saved, used, needs)
-        sharing = [x for x in attributes.values() if type(x) is Sharing]
-        attributes = {
-            name: value.callable if type(value) is Sharing else value
-            for name, value in attributes.items()
-        }
+        sharing = tuple(attributes.values())
         context = Context(function, _flags(needs, nondiff))
-        restored(context, saved, attributes)
+        restored(context, saved, dict(zip(attributes, bared(sharing), strict=True)))
         cotangents = outputs.cotangents(cotangent)
         if edits:
             context.saved_tensors = _copied(context.saved_tensors)
@@ -203,7 +205,8 @@ def make_jvp(
         context = Context(function, _flags(flags, nondiff))
         if has_bwd:  # forward has run, perhaps where torch.func could not follow
             out, (_, saved, attributes, _, _) = recorded
-            restored(context, saved, attributes)
+            values = bared(tuple(attributes.values()))
+            restored(context, saved, dict(zip(attributes, values, strict=True)))
         else:
             out = run(context, tuple(primals))
             out = Bits.hide(out, context.non_differentiable)
