@@ -23,6 +23,7 @@ from gradtools.rules.identities import (
     stop_gradient,
     straight_through,
 )
+from gradtools.rules.lift import lift
 from gradtools.rules.rule import Approximate, Exact, Surrogate
 from gradtools.second_order.cg import cg
 from gradtools.second_order.check import check_second_order
@@ -80,6 +81,7 @@ __all__ = [
     "jacfwd",
     "jacrev",
     "jvp",
+    "lift",
     "linear_solve",
     "linearize",
     "reverse_grad",

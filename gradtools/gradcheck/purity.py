@@ -184,7 +184,9 @@ def _unedited(
             Violation(name, "a tensor left as it is", "one with other numbers")
             for name in edited
         ],
-        fix="Compute a new tensor: x.relu() for x.relu_(), x * 2 for x.mul_(2), "
+        fix=f"Let it work on copies: lift({rule.name}, edits_in_place=True)."
+        if rule.is_lifted
+        else "Compute a new tensor: x.relu() for x.relu_(), x * 2 for x.mul_(2), "
         "torch.where for an assignment under a mask.",
         kind="in place",
     )

@@ -137,11 +137,11 @@ def _attributes(value: Any) -> Iterator[tuple[str, Any]]:
                 yield f".{name}", getattr(value, name)
 
 
-def hidden_tensors(value: Any) -> list[tuple[str, torch.Tensor]]:
+def hidden_tensors(value: Any, depth: int = 4) -> list[tuple[str, torch.Tensor]]:
     """Return the floating tensors that an object holds inside, each with its path."""
     return [
         (path, tensor)
-        for path, tensor in _reachable(value, "", 4, set())
+        for path, tensor in _reachable(value, "", depth, set())
         if tensor.dtype.is_floating_point or tensor.dtype.is_complex
     ]
 

@@ -322,6 +322,10 @@ class _Matching:
 
     def match_leaf(self, number: int, value: Any, where: str) -> None:
         meta = self.signature.metas[number]
+        if self.rule.is_lifted and isinstance(value, torch.Tensor):
+            if meta is None:
+                return
+            value = _fitted(meta, value, sums=not self.leading)
         if meta is None:
             self.report(
                 where,
@@ -343,6 +347,18 @@ class _Matching:
                 self.values[number] = value
                 return
         self.report(where, str(meta), describe(value), _advice(meta, value))
+
+
+def _fitted(meta: Meta, value: torch.Tensor, *, sums: bool) -> torch.Tensor:
+    """Do what autograd does with a gradient of another shape or dtype."""
+    if sums and value.shape != meta.shape:
+        try:
+            value = value.sum_to_size(meta.shape)
+        except RuntimeError:  # no broadcast of the argument; the caller says so
+            return value
+    if value.is_complex() and not meta.dtype.is_complex:
+        value = value.real
+    return value.to(meta.dtype)
 
 
 def _advice(meta: Meta, value: Any) -> str:

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from gradtools import torch_compat, trees
-from gradtools.errors import DefinitionError, Violation
+from gradtools.errors import DefinitionError
 from gradtools.lowering import (
     boundary,
     captures,
@@ -28,6 +28,7 @@ from gradtools.lowering import (
     express,
     free_variables,
     functions,
+    nondiff,
 )
 from gradtools.lowering.flat import Plan, autocast_state
 from gradtools.lowering.state import Checks, State
@@ -35,7 +36,6 @@ from gradtools.probing import moment
 from gradtools.rules.rule import Rule
 from gradtools.rules.signature import (
     CallSignature,
-    Meta,
     describe,
     flatten_entries,
     is_differentiable,
@@ -150,6 +150,8 @@ class Lowered:
             # It serves where nothing moves: inside another rule's jvp, say.
             pairs = zip(needs, leaves, strict=True)
             needs = tuple(n and torch_compat.is_differentiated(x) for n, x in pairs)
+        if self.rule.parameters.nondiff:
+            needs = nondiff.without(self.rule, needs, leaves, entries)
         if not any(needs):
             return self.run_primal(leaves, spec, entries, transformed)
         order = torch_compat.order(leaves) if transformed else 1
@@ -297,7 +299,7 @@ class Lowered:
         rule = self.rule
         self.refuse_undefined()
         signature = CallSignature(rule.parameters, entries, leaves, spec, needs)
-        self.refuse_nondiff(signature, entries)
+        nondiff.refuse(rule, entries)
         callables = any(map(captures.may_hide_parameters, leaves))
         return Plan(
             rule,
@@ -328,28 +330,6 @@ class Lowered:
                 f"{self.rule.name}: a derivative is wanted, and the rule states none",
                 rule=self.rule.where,
                 fix=f"State it: {self.rule.definition.format(name=self.rule.name)}.",
-            )
-
-    def refuse_nondiff(self, signature: CallSignature, entries: Sequence[Any]) -> None:
-        """Raise for a tensor that needs a gradient in a place declared nondiff."""
-        violations = [
-            Violation(
-                f"args.{signature.names[index]}",
-                "a value without a gradient",
-                str(Meta.of(t)),
-            )
-            for index in self.rule.parameters.nondiff
-            for t in trees.flatten(entries[index])[0]
-            if is_differentiable(t) and torch_compat.requires_grad_at_any_level(t)
-        ]
-        if violations:
-            raise DefinitionError(
-                f"{self.rule.name}: a nondiff argument needs a gradient, and would get "
-                "none",
-                rule=self.rule.where,
-                violations=violations,
-                fix="Take the argument out of nondiff_argnums/nondiff_argnames, or "
-                "detach it.",
             )
 
     def owed(self, leaves: Sequence[Any]) -> Iterator[torch.Tensor]:

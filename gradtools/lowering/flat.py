@@ -88,6 +88,7 @@ class Lowerable(Protocol):
         leaves: Sequence[Any],
         tangents: Optional,
         outs: Tensors,
+        kept: Tensors = (),
         *,
         leading: tuple[int, ...] = (),
     ) -> Optional:
@@ -283,6 +284,7 @@ class Plan:
         leaves: Sequence[Any],
         tangents: Optional,
         outs: Tensors = (),
+        kept: Tensors = (),
         *,
         leading: tuple[int, ...] = (),
     ) -> Optional:
@@ -295,17 +297,30 @@ class Plan:
             )
         ]
         if "jvp" in self.state.watched:
-            returned = self.call_jvp(leaves, filled)
+            returned = self.call_jvp(leaves, filled, layout, outs, kept)
         else:
-            count = len(leaves)
+            count, end = len(leaves), 2 * len(leaves) + len(kept)
             returned = self._first(
                 "jvp",
-                lambda given: self.call_jvp(given[:count], given[count:]),
-                (*leaves, *filled),
+                lambda given: self.call_jvp(
+                    given[:count],
+                    given[count : 2 * count],
+                    layout,
+                    given[end:],
+                    given[2 * count : end],
+                ),
+                (*leaves, *filled, *kept, *outs),
             )
         return contract.output_tangents(self.rule, returned, layout.outputs, outs)
 
-    def call_jvp(self, leaves: Sequence[Any], tangents: Sequence[Any]) -> Any:
+    def call_jvp(
+        self,
+        leaves: Sequence[Any],
+        tangents: Sequence[Any],
+        layout: Layout,
+        outs: Tensors,
+        kept: Tensors,
+    ) -> Any:
         """Run the user's jvp rule on the user's containers; return what it returned."""
         rule, signature = self.rule, self.signature
         jvp: Any = rule.jvp
@@ -319,6 +334,9 @@ class Plan:
         moved = tuple(t for i, t in enumerate(moved) if i not in nondiff)
         try:
             with self.under_autocast():
+                if rule.jvp_takes_residuals:
+                    recorded = layout.outputs.rebuild(outs), layout.rebuild(kept)
+                    return jvp(*first, given, moved, *recorded)
                 return jvp(*first, given, moved)
         except Exception as error:
             noted(error, rule, "jvp")

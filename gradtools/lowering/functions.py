@@ -124,7 +124,7 @@ class Composable(Function):
             if plan.order > 1 and preconditions.refusal(plan) is None:
                 plan.first_derived("second order")
             if plan.moving and plan.has_jvp:
-                preconditions.jvp_second_order(plan, layout, leaves, outs)
+                preconditions.jvp_second_order(plan, layout, leaves, outs, kept)
                 plan.first_derived("forward mode")
             elif plan.moving:
                 preconditions.linearity(plan, layout, kept, outs)
@@ -202,7 +202,8 @@ class Composable(Function):
             outs, new = _parted(layout, primals[count:])
             preconditions.refuse_differentiated(plan, (*primals, *tangents))
             if plan.has_jvp:
-                moved = plan.jvp(layout, leaves, tangents, outs)
+                kept = layout.pick(leaves, outs, new)
+                moved = plan.jvp(layout, leaves, tangents, outs, kept)
             elif plan.state.linear is not None:
                 raise plan.state.linear
             else:

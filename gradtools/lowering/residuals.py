@@ -15,7 +15,13 @@ import torch
 
 from gradtools.trees import Structure
 
-__all__ = ["Layout", "Source", "lay_out", "opaque_objects"]
+__all__ = ["Layout", "Remark", "Source", "lay_out", "opaque_objects"]
+
+
+class Remark:
+    """Something about a call in which no derivative hides: shapes, flags."""
+
+    __slots__ = ()
 
 
 class Source(NamedTuple):
@@ -157,5 +163,5 @@ def opaque_objects(tree: Structure, leaves: Sequence[Any]) -> tuple[Any, ...]:
 
 
 _WITHOUT_DERIVATIVE = (
-    type(None), int, str, bytes, type, torch.dtype, torch.device, torch.layout,
+    type(None), int, str, bytes, type, torch.dtype, torch.device, torch.layout, Remark,
 )  # fmt: skip

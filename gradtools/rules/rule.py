@@ -92,6 +92,11 @@ class Rule:
         definition: How the derivative is stated, for messages.
         fwd_takes_needs: fwd asks for ``needs``.
         bwd_takes_needs: bwd asks for ``needs``.
+        is_lifted: A Function class states the rule. What bwd returns is fitted to the
+            arguments as torch does it: summed, cast, dropped for an integer; elsewhere
+            that is an error.
+        jvp_takes_residuals: The jvp rule gets the output and the residuals as
+            well.
         bwd_takes_self: bwd was written as a method: ``bwd(self, residuals,
             cotangent)``.
         jvp_takes_self: So was the jvp rule: ``jvp(self, primals, tangents)``.
@@ -112,6 +117,8 @@ class Rule:
     probe: Callable[..., Any] | None = None
     is_method: bool = False
     is_opaque: bool = False
+    is_lifted: bool = False
+    jvp_takes_residuals: bool = False
     definition: str = "@{name}.def_bwd, or {name}.defvjp(fwd, bwd)"
     fwd_takes_needs: bool = dataclasses.field(init=False)
     bwd_takes_needs: bool = dataclasses.field(init=False)
