@@ -12,10 +12,15 @@ from torch.overrides import TorchFunctionMode
 
 from gradtools import torch_compat
 from gradtools.lowering.boundary import is_tracing
-from gradtools.second_order.stand_ins import StandIns, StandInsOfForwardMode
+from gradtools.second_order.stand_ins import (
+    OneJacobian,
+    StandIns,
+    StandInsOfForwardMode,
+)
 
 __all__ = [
     "has_no_forward_mode",
+    "in_both_modes",
     "in_forward_mode",
     "is_under_way",
     "is_within_transforms",
@@ -84,6 +89,13 @@ def in_forward_mode() -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def in_both_modes() -> Iterator[None]:
+    """Run a function once for a derivative in forward mode and one in reverse mode."""
+    with _one_at_a_time, _with_stand_ins(OneJacobian()), torch.enable_grad():
+        yield
+
+
 def usable(tensor: torch.Tensor) -> torch.Tensor:
     """Return a tensor to differentiate in: a copy of one of inference mode."""
     return tensor.clone() if tensor.is_inference() else tensor
@@ -143,12 +155,6 @@ class _MathAttention:
                     switch(was_on)
 
 
-_cuda = torch.backends.cuda  # where the switches are, of the CPU's kernels too
-_BACKENDS: tuple[tuple[Callable[[], bool], Callable[[bool], None]], ...] = (
-    (_cuda.flash_sdp_enabled, _cuda.enable_flash_sdp),
-    (_cuda.mem_efficient_sdp_enabled, _cuda.enable_mem_efficient_sdp),
-    (_cuda.cudnn_sdp_enabled, _cuda.enable_cudnn_sdp),
-    (_cuda.math_sdp_enabled, _cuda.enable_math_sdp),
-)
+_BACKENDS = torch_compat.attention_switches
 _math_attention = _MathAttention()
 _one_at_a_time = threading.RLock()

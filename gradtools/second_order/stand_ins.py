@@ -26,7 +26,7 @@ from torch.overrides import TorchFunctionMode
 
 from gradtools import torch_compat
 
-__all__ = ["StandIns", "StandInsOfForwardMode", "wrong_at"]
+__all__ = ["OneJacobian", "StandIns", "StandInsOfForwardMode", "wrong_at"]
 
 Tensor = torch.Tensor
 
@@ -53,6 +53,26 @@ class StandInsOfForwardMode(StandIns):
         if is_wrong is not None and is_wrong(*args, **(kwargs or {})):
             raise NotImplementedError(f"the forward AD of {name} is wrong")
         return super().__torch_function__(func, types, args, kwargs)
+
+
+class OneJacobian(TorchFunctionMode):
+    """Refuse what forward mode and reverse mode see differently.
+
+    For one derivative of each mode, in one run. What is wrong in a third derivative
+    only stays as it is: plain operators in its place would take longer.
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        name = getattr(func, "__name__", "")
+        refused = SEEN_DIFFERENTLY.get(name)
+        if refused is not None and refused(*args, **(kwargs or {})):
+            raise NotImplementedError(f"the forward AD of {name} is another")
+        stand_in = STAND_INS.get(name)
+        if stand_in is not None and stand_in.order <= 2:  # noqa: PLR2004
+            func = stand_in.function
+        return func(*args, **(kwargs or {}))
 
 
 class StandIn(NamedTuple):
@@ -312,4 +332,11 @@ WRONG_IN_FORWARD_MODE: Mapping[str, Callable[..., bool]] = {
     "scatter_reduce_": _is_product,
     "cholesky_inverse": _is_always,
     "triangular_solve": _is_always,
+}
+SEEN_DIFFERENTLY: Mapping[str, Callable[..., bool]] = {
+    **WRONG_IN_FORWARD_MODE,
+    # Tangents flow on where torch.no_grad() stops cotangents,
+    "_set_grad_enabled": lambda is_on: not is_on,
+    # and a hook changes cotangents alone.
+    "register_hook": _is_always,
 }
