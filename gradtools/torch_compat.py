@@ -24,6 +24,7 @@ from torch._subclasses import fake_tensor
 from torch.autograd import forward_ad
 from torch.autograd.function import _SingleLevelFunction
 from torch.autograd.graph import _engine_run_backward
+from torch.overrides import has_torch_function
 
 __all__ = [
     "AtOneLevel", "GradLevel", "VmapLevel", "apply_of", "attention_by_operators",
@@ -141,13 +142,22 @@ def pulled_back(
 
     It compares each with its output by symbolic shapes, 5 us a time.
     """
+    if has_torch_function((*outputs, *inputs)):  # of a subclass, or of a mode
+        return torch.autograd.grad(
+            outputs,
+            inputs,
+            cotangents,
+            create_graph=create_graph,
+            retain_graph=retain_graph,
+            allow_unused=True,
+        )
     return _engine_run_backward(
         tuple(outputs),
         tuple(cotangents),
         retain_graph,
         create_graph,
         tuple(inputs),
-        True,  # noqa: FBT003 (allow_unreachable has no other name across versions)
+        True,  # noqa: FBT003 (what is unused may be)
         accumulate_grad=False,
     )
 

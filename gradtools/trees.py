@@ -111,7 +111,9 @@ def _filled(rest: Iterator[Any], spec: Spec) -> Any:
         next(rest) if inner.type is None else _filled(rest, inner)
         for inner in spec.children()
     ]
-    return tuple(below) if kind is tuple else dict(zip(spec.context, below, strict=True))
+    return (
+        tuple(below) if kind is tuple else dict(zip(spec.context, below, strict=True))
+    )
 
 
 def flatten_like(tree: Any, spec: Spec) -> list[Any]:

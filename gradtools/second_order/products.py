@@ -211,6 +211,10 @@ class GaussNewton:
         weighed = self._loss.product(pushed, is_last=is_last, is_block=is_block)
         return self._pull(weighed, is_last=is_last, is_block=is_block)
 
+    def pushed(self, tangents: Tensors) -> Tensors | None:
+        """Return None: there is no other way."""
+        return None
+
     def bytes_of_a_product(self) -> int:
         """Estimate, from above, what one more vector in a block needs."""
         parts = (self._push, self._pull, self._loss)
@@ -224,12 +228,13 @@ def _by_dual_numbers(
     if is_within_transforms() or is_under_way((*leaves, *vectors)):
         return None
     try:
-        with in_both_modes():
+        with in_both_modes() as running:
             inputs = [usable(leaf).detach().requires_grad_() for leaf in leaves]
-            with forward_ad.dual_level():
-                outputs, aux = flat(*map(forward_ad.make_dual, inputs, vectors))
-                pairs = [forward_ad.unpack_dual(out) for out in outputs]
-                aux = [forward_ad.unpack_dual(tensor).primal for tensor in aux]
+            duals = [*map(forward_ad.make_dual, inputs, map(usable, vectors))]
+            with running():
+                outputs, aux = flat(*duals)
+            pairs = [forward_ad.unpack_dual(out) for out in outputs]
+            aux = [forward_ad.unpack_dual(tensor).primal for tensor in aux]
     except RuntimeError:  # it has no forward mode, or fails in the other way as well
         return None
     outputs = [pair.primal for pair in pairs]
@@ -240,7 +245,7 @@ def _by_dual_numbers(
         torch.zeros_like(primal) if tangent is None else tangent.detach()
         for primal, tangent in pairs
     ]
-    del pairs
+    del pairs, duals
     graph = Graph(run, outputs)
     place = Primals((flat.output(graph.shown(outputs)),), 0, flat.primals.who)
     weighed = Gradient(place.flat(loss), place.leaves).product(pushed, is_last=True)

@@ -21,6 +21,8 @@ from gradtools.lowering.boundary import is_tracing
 from gradtools.lowering.forward_mode import alias
 from gradtools.second_order.primals import Flat, Tensors
 from gradtools.second_order.sound import (
+    in_forward_mode,
+    is_under_way,
     is_within_transforms,
     plainly,
     usable,
@@ -111,6 +113,10 @@ class Products(Protocol):
         """Multiply; see :class:`.Pullback`."""
         ...
 
+    def pushed(self, tangents: Tensors) -> Tensors | None:
+        """Multiply with a block in another way; None where there is none."""
+        ...
+
     def bytes_of_a_product(self) -> int:
         """Estimate what one more vector in a block needs."""
         ...
@@ -130,6 +136,7 @@ class Gradient:
 
     def __init__(self, flat: Flat, leaves: Tensors) -> None:
         self.graph: Graph | None = None
+        self._flat, self._leaves = flat, leaves
         if is_within_transforms():
             gradient: Any = torch.func.grad_and_value(
                 flat.scalar, argnums=tuple(range(len(leaves))), has_aux=True
@@ -157,6 +164,28 @@ class Gradient:
         if self.graph is None:
             return _by_torch_func(self._pull, tangents, is_block=is_block)
         return self.graph.pulled_back(tangents, is_last=is_last, is_block=is_block)
+
+    def pushed(self, tangents: Tensors) -> Tensors | None:
+        """Multiply with a block by forward over reverse, which runs the function again.
+
+        None where that would not do: see :class:`.CurvatureOperator`, which compares
+        what comes out with a product.
+        """
+        if self.graph is None or self.graph.goes_on or is_under_way(tangents):
+            return None
+        leaves = tuple(self._leaves)
+        gradient = torch.func.grad(
+            self._flat.scalar, tuple(range(len(leaves))), has_aux=True
+        )
+
+        def product(*vectors: torch.Tensor) -> Any:
+            return torch.func.jvp(gradient, leaves, vectors, has_aux=True)[1]
+
+        try:
+            with in_forward_mode():
+                return torch.func.vmap(product)(*tangents)
+        except RuntimeError:  # it has no forward mode, or cannot be vectorized
+            return None
 
     def bytes_of_a_product(self) -> int:
         """Estimate, from above, what one more vector in a block needs."""

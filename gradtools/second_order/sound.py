@@ -5,9 +5,12 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 
 from gradtools import torch_compat
@@ -51,7 +54,7 @@ def is_under_way(tensors: Iterable[torch.Tensor]) -> bool:
     )
 
 
-def plainly(order: int) -> contextlib.AbstractContextManager[Any]:
+def plainly(order: int) -> AbstractContextManager[Any]:
     """Return the context for plain autograd, also in inference mode.
 
     What else torch does wrongly shows in the graph, see :class:`.Pullback`: a context
@@ -90,10 +93,19 @@ def in_forward_mode() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def in_both_modes() -> Iterator[None]:
-    """Run a function once for a derivative in forward mode and one in reverse mode."""
-    with _one_at_a_time, _with_stand_ins(OneJacobian()), torch.enable_grad():
-        yield
+def in_both_modes() -> Iterator[Callable[[], AbstractContextManager[None]]]:
+    """Take a derivative in forward mode and one in reverse mode, of one run.
+
+    Yields:
+        The context for the run itself.
+    """
+    with (
+        _one_at_a_time,
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        forward_ad.dual_level(),
+    ):
+        yield partial(_with_stand_ins, OneJacobian())
 
 
 def usable(tensor: torch.Tensor) -> torch.Tensor:
