@@ -157,7 +157,7 @@ def pulled_back(
         retain_graph,
         create_graph,
         tuple(inputs),
-        True,  # noqa: FBT003 (what is unused may be)
+        True,  # an input that nothing depends on gets None
         accumulate_grad=False,
     )
 

@@ -253,7 +253,7 @@ class CurvatureOperator:
     def _at_the_best_pace(
         self, vectors: Tensors, count: int, memory: int
     ) -> Iterator[Tensors]:
-        """Yield products by parts; each way has its turns until the fastest is known."""
+        """Yield products by parts; each way has its turns until one is the fastest."""
         most = max(1, min(count, memory // max(1, self._bytes_of_a_product)))
         ways = [_Way(size) for size in sorted({1, min(most, 4), most})]
         if most > 1:

@@ -184,6 +184,7 @@ class GaussNewton:
         flat: The model.
         loss: Of its output.
         leaves: Where it is differentiated.
+        run: A run of the model, if it has been run there.
 
     Attributes:
         value: The loss.
@@ -191,8 +192,14 @@ class GaussNewton:
         aux: Tensors.
     """
 
-    def __init__(self, flat: Flat, loss: Callable[[Any], Any], leaves: Tensors) -> None:
-        self._pull = Pullback(flat, leaves, order=2)
+    def __init__(
+        self,
+        flat: Flat,
+        loss: Callable[[Any], Any],
+        leaves: Tensors,
+        run: Run | None = None,
+    ) -> None:
+        self._pull = Pullback(flat, leaves, order=2, run=run)
         self._push = transposed(self._pull)
         place = Primals((flat.output(self._pull.outputs),), 0, flat.primals.who)
         self._loss = Gradient(place.flat(loss), place.leaves)
@@ -230,7 +237,8 @@ def _by_dual_numbers(
     try:
         with in_both_modes() as running:
             inputs = [usable(leaf).detach().requires_grad_() for leaf in leaves]
-            duals = [*map(forward_ad.make_dual, inputs, map(usable, vectors))]
+            moves = [usable(vector).detach() for vector in vectors]
+            duals = [*map(forward_ad.make_dual, inputs, moves)]
             with running():
                 outputs, aux = flat(*duals)
             pairs = [forward_ad.unpack_dual(out) for out in outputs]
@@ -239,8 +247,10 @@ def _by_dual_numbers(
         return None
     outputs = [pair.primal for pair in pairs]
     run = Run(inputs, outputs, aux, False, partial(plainly, 1))
-    if not outputs or (torch.is_grad_enabled() and captures(run)):
+    if not outputs:
         return None
+    if torch.is_grad_enabled() and captures(run):
+        return _by_graphs(flat, loss, leaves, vectors, run)
     pushed = [
         torch.zeros_like(primal) if tangent is None else tangent.detach()
         for primal, tangent in pairs
@@ -249,13 +259,20 @@ def _by_dual_numbers(
     graph = Graph(run, outputs)
     place = Primals((flat.output(graph.shown(outputs)),), 0, flat.primals.who)
     weighed = Gradient(place.flat(loss), place.leaves).product(pushed, is_last=True)
-    return graph.pulled_back(weighed, is_last=True), graph.shown(aux)
+    try:
+        return graph.pulled_back(weighed, is_last=True), graph.shown(aux)
+    except RuntimeError:  # a checkpoint, which counts what is saved, of tangents too
+        return None
 
 
 def _by_graphs(
-    flat: Flat, loss: Callable[[Any], Any], leaves: Tensors, vectors: Tensors
+    flat: Flat,
+    loss: Callable[[Any], Any],
+    leaves: Tensors,
+    vectors: Tensors,
+    run: Run | None = None,
 ) -> tuple[Tensors, Tensors]:
-    matrix = GaussNewton(flat, loss, leaves)
+    matrix = GaussNewton(flat, loss, leaves, run)
     return matrix.product(vectors, is_last=True), matrix.aux
 
 

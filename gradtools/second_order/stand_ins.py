@@ -73,7 +73,7 @@ class OneJacobian(TorchFunctionMode):
         if refused is not None and refused(*args, **(kwargs or {})):
             raise NotImplementedError(f"the forward AD of {name} is another")
         stand_in = STAND_INS.get(name)
-        if stand_in is not None and stand_in.order <= 2:  # noqa: PLR2004
+        if stand_in is not None and stand_in.order <= 2:
             func = stand_in.function
         out = func(*args, **(kwargs or {}))
         if isinstance(out, Tensor):
