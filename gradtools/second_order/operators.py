@@ -264,7 +264,7 @@ class CurvatureOperator:
             way = min(able, key=self._rank)
             size = way.size
             part = vectors
-            if size < count:
+            if done or size < count:
                 part = [vector[done : done + size] for vector in vectors]
             is_trial = len(self._paces.get(way, ())) < _TRIALS
             begin = self._clock() if is_trial else 0.0

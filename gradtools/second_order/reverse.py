@@ -47,6 +47,7 @@ class Pullback:
         order: How many derivatives are going to be taken, 2 if cotangents are
             differentiated as well.
         upon: Whose pullback the function is made of, if it is.
+        run: A run of the function, if it has been run there.
 
     Attributes:
         outputs: Tensors; with a graph if a derivative in the leaves, or in what the
@@ -61,6 +62,7 @@ class Pullback:
         *,
         order: int = 1,
         upon: Pullback | None = None,
+        run: Run | None = None,
     ) -> None:
         self.graph: Graph | None = None
         if is_within_transforms():
@@ -69,7 +71,7 @@ class Pullback:
             self.outputs, self._pull, self.aux = found
             return
         if upon is None or upon.graph is None:
-            run = _recorded(function, leaves, order)
+            run = _recorded(function, leaves, order, run)
         else:
             before = upon.graph
             run = Run.of(function, leaves, 0, before.goes_on, before.surroundings)
@@ -234,12 +236,15 @@ def _input(leaf: torch.Tensor) -> torch.Tensor:
     return alias(leaf) if leaf.requires_grad else leaf.detach().requires_grad_()
 
 
-def _recorded(function: Function, leaves: Tensors, order: int) -> Run:
+def _recorded(
+    function: Function, leaves: Tensors, order: int, run: Run | None = None
+) -> Run:
     """Run a function; again with stand-ins, if its graph is not to be relied on."""
     can_go_on = torch.is_grad_enabled()
     goes_on = can_go_on and any(leaf.requires_grad for leaf in leaves)
     total = order + max(_around.get(), goes_on)
-    run = Run.of(function, leaves, order, goes_on, partial(plainly, total))
+    if run is None:
+        run = Run.of(function, leaves, order, goes_on, partial(plainly, total))
     kinds, ends = _looked_through(run)
     if can_go_on and not goes_on and _are_elsewhere(ends, run):
         total = max(total, order + 1)
@@ -286,6 +291,7 @@ class Graph:
         again = torch.is_grad_enabled() and (
             self.goes_on or any(tensor.requires_grad for tensor in given)
         )
+        found: Any
         with self.surroundings():
             if is_block:
                 found = torch.autograd.grad(
