@@ -11,7 +11,7 @@ import gradtools  # noqa: E402
 
 project = "gradtools"
 author = "The gradtools developers"
-copyright = "2026, the gradtools developers"  # noqa: A001 (the name is Sphinx's)
+copyright = "2026, the gradtools developers"
 version = release = gradtools.__version__
 
 extensions = [
@@ -48,7 +48,8 @@ intersphinx_mapping = {
         url,
         str(
             write_inventory(
-                HERE / f"inventories/{name}.txt", HERE / f"_build/inventories/{name}.inv"
+                HERE / f"inventories/{name}.txt",
+                HERE / f"_build/inventories/{name}.inv",
             )
         ),
     )

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -47,7 +48,8 @@ class CurvatureOperator:
         self._primals = primals
         self._products: Products | None = products
         self._is_bare = primals.argnums is None and len(primals.args) == 1
-        self._pace: dict[int, float] = {}  # vectors at a time -> seconds for each
+        self._paces: dict[_Way, list[float]] = {}  # seconds for each vector
+        self._unable: set[_Way] = set()
         self.value = products.value
         self.grad = self._tree(products.grads)
         self.aux = aux
@@ -116,8 +118,11 @@ class CurvatureOperator:
         Args:
             *vectors: As for a call, with one leading dimension, the same for all.
             chunk: How many to take at a time, in one vectorized backward pass; 1 goes
-                through them one by one. None finds out: the first ones are timed in
-                either way, within the memory.
+                through them one by one. None finds out, within the memory: the first
+                blocks are timed in each way, and the fastest is kept. One of them, for
+                a Hessian, runs the function again: forward over reverse. It is left out
+                where the function captures a tensor that requires a gradient, draws
+                random numbers, or is not the same when it is run again.
             memory: Bytes that the vectors under way may take, by an upper estimate.
 
         Returns:
@@ -129,6 +134,8 @@ class CurvatureOperator:
         else:
             sizes = itertools.repeat(self._positive(chunk))
             parts = [self._several(part) for part in _chunks(given, count, sizes)]
+        if len(parts) == 1:
+            return self._tree(parts[0])
         return self._tree([torch.cat(column) for column in zip(*parts, strict=True)])
 
     def __matmul__(self, other: Any) -> Any:
@@ -263,22 +270,77 @@ class CurvatureOperator:
 
     def _at_the_best_pace(
         self, vectors: Tensors, count: int, memory: int
-    ) -> Iterable[Tensors]:
-        """Yield products by parts; each way has its turn until the faster is known."""
-        most = max(1, min(count, memory // max(1, self._open().bytes_of_a_product())))
-        ways = sorted({1, min(most, 4), most})
+    ) -> Iterator[Tensors]:
+        """Yield products by parts; each way has its turns until one is the fastest."""
+        most = max(1, min(count, memory // max(1, self._bytes_of_a_product)))
+        ways = [_Way(size) for size in sorted({1, min(most, 4), most})]
+        if most > 1:
+            ways.append(_Way(most, is_forward=True))
+        able = [way for way in ways if way not in self._unable]
         done = 0
         while done < count:
-            untried = [size for size in ways if size not in self._pace]
-            known = {size: self._pace[size] for size in ways if size in self._pace}
-            size = untried[0] if untried else min(known, key=known.__getitem__)
-            part = [vector[done : done + size] for vector in vectors]
-            taken = len(part[0])
-            begin = time.perf_counter()
-            yield self._several(part)
-            seconds = (time.perf_counter() - begin) / taken
-            self._pace[size] = min(seconds, self._pace.get(size, seconds))
-            done += taken
+            way = min(able, key=self._rank)
+            size = way.size
+            part = vectors
+            if done or size < count:
+                part = [vector[done : done + size] for vector in vectors]
+            is_trial = len(self._paces.get(way, ())) < _TRIALS
+            begin = self._clock() if is_trial else 0.0
+            found = self._pushed(part) if way.is_forward else self._several(part)
+            seconds = self._clock() - begin if is_trial else 0.0
+            if found is None or (
+                way.is_forward and is_trial and not self._agrees(part, found)
+            ):
+                self._unable.add(way)
+                able.remove(way)
+                continue
+            if is_trial:
+                self._paces.setdefault(way, []).append(seconds / len(part[0]))
+            yield found
+            done += size
+
+    def _rank(self, way: _Way) -> tuple[int, float]:
+        """Put those with fewer trials first, then those that took less time."""
+        paces = self._paces.get(way, ())
+        return len(paces), min(paces, default=float(way.is_forward))
+
+    def _clock(self) -> float:
+        """Return the time when the device has done what it was asked to."""
+        if self._primals.leaves[0].is_cuda:
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    @functools.cached_property
+    def _bytes_of_a_product(self) -> int:
+        return self._open().bytes_of_a_product()
+
+    def _pushed(self, vectors: Tensors) -> Tensors | None:
+        return self._open().pushed(vectors)
+
+    def _agrees(self, vectors: Tensors, found: Tensors) -> bool:
+        """Whether the first of the products is what the graph gives."""
+        wanted = self._open().product([vector[0] for vector in vectors])
+        return all(
+            torch.allclose(one[0], other, rtol=tolerance, atol=tolerance * scale)
+            for one, other in zip(found, wanted, strict=True)
+            for scale in [float(other.abs().max()) if other.numel() else 0.0]
+            for tolerance in [torch.finfo(other.dtype).eps ** 0.5]
+        )
+
+
+class _Way(NamedTuple):
+    """How vectors are taken.
+
+    Attributes:
+        size: How many at a time.
+        is_forward: Whether in forward mode, or back through the graph.
+    """
+
+    size: int
+    is_forward: bool = False
+
+
+_TRIALS = 3
 
 
 def _chunks(

@@ -21,6 +21,8 @@ from gradtools.lowering.boundary import is_tracing
 from gradtools.lowering.forward_mode import alias
 from gradtools.second_order.primals import Flat, Tensors
 from gradtools.second_order.sound import (
+    in_forward_mode,
+    is_under_way,
     is_within_transforms,
     plainly,
     usable,
@@ -28,7 +30,7 @@ from gradtools.second_order.sound import (
 )
 from gradtools.second_order.stand_ins import wrong_at
 
-__all__ = ["Gradient", "Products", "Pullback"]
+__all__ = ["Gradient", "Graph", "Products", "Pullback", "Run", "captures"]
 
 Function = Callable[..., tuple[Tensors, Tensors]]
 
@@ -45,6 +47,7 @@ class Pullback:
         order: How many derivatives are going to be taken, 2 if cotangents are
             differentiated as well.
         upon: Whose pullback the function is made of, if it is.
+        run: A run of the function, if it has been run there.
 
     Attributes:
         outputs: Tensors; with a graph if a derivative in the leaves, or in what the
@@ -59,19 +62,20 @@ class Pullback:
         *,
         order: int = 1,
         upon: Pullback | None = None,
+        run: Run | None = None,
     ) -> None:
-        self.graph: _Graph | None = None
+        self.graph: Graph | None = None
         if is_within_transforms():
             with within_transforms():
                 found = _vjp(function, leaves)
             self.outputs, self._pull, self.aux = found
             return
         if upon is None or upon.graph is None:
-            run = _recorded(function, leaves, order)
+            run = _recorded(function, leaves, order, run)
         else:
             before = upon.graph
-            run = _Run.of(function, leaves, 0, before.goes_on, before.surroundings)
-        graph = self.graph = _Graph(run, run.outputs)
+            run = Run.of(function, leaves, 0, before.goes_on, before.surroundings)
+        graph = self.graph = Graph(run, run.outputs)
         self.outputs = graph.shown(run.outputs)
         self.aux = graph.shown(run.aux)
 
@@ -111,6 +115,10 @@ class Products(Protocol):
         """Multiply; see :class:`.Pullback`."""
         ...
 
+    def pushed(self, tangents: Tensors) -> Tensors | None:
+        """Multiply with a block in another way; None where there is none."""
+        ...
+
     def bytes_of_a_product(self) -> int:
         """Estimate what one more vector in a block needs."""
         ...
@@ -125,27 +133,31 @@ class Gradient:
 
     Attributes:
         value: A real scalar.
-        grads: One tensor per leaf.
         aux: Tensors.
     """
 
     def __init__(self, flat: Flat, leaves: Tensors) -> None:
-        self.graph: _Graph | None = None
+        self.graph: Graph | None = None
+        self._flat, self._leaves = flat, leaves
         if is_within_transforms():
             gradient: Any = torch.func.grad_and_value(
                 flat.scalar, argnums=tuple(range(len(leaves))), has_aux=True
             )
             with within_transforms():
                 found = _vjp(gradient, leaves)
-            self.grads, self._pull, (self.value, self.aux) = found
+            self._grads, self._pull, (self.value, self.aux) = found
             return
         run = _recorded(flat.scalar_as_tuple, leaves, 2)
         with run.surroundings():  # a checkpoint runs the function again
-            grads = _gradient(run.outputs[0], run.inputs)
-        graph = self.graph = _Graph(run, grads)
+            self._grads = _gradient(run.outputs[0], run.inputs)
+        graph = self.graph = Graph(run, self._grads)
         (self.value,) = graph.shown(run.outputs)
         self.aux = graph.shown(run.aux)
-        self.grads = graph.shown(grads)
+
+    @property
+    def grads(self) -> Tensors:
+        """The gradient, one tensor per leaf."""
+        return self._grads if self.graph is None else self.graph.shown(self._grads)
 
     def product(
         self, tangents: Tensors, *, is_last: bool = False, is_block: bool = False
@@ -155,12 +167,34 @@ class Gradient:
             return _by_torch_func(self._pull, tangents, is_block=is_block)
         return self.graph.pulled_back(tangents, is_last=is_last, is_block=is_block)
 
+    def pushed(self, tangents: Tensors) -> Tensors | None:
+        """Multiply with a block by forward over reverse, which runs the function again.
+
+        None where that would not do: see :class:`.CurvatureOperator`, which compares
+        what comes out with a product.
+        """
+        if self.graph is None or self.graph.goes_on or is_under_way(tangents):
+            return None
+        leaves = tuple(self._leaves)
+        gradient = torch.func.grad(
+            self._flat.scalar, tuple(range(len(leaves))), has_aux=True
+        )
+
+        def product(*vectors: torch.Tensor) -> Any:
+            return torch.func.jvp(gradient, leaves, vectors, has_aux=True)[1]
+
+        try:
+            with in_forward_mode():
+                return torch.func.vmap(product)(*tangents)
+        except RuntimeError:  # it has no forward mode, or cannot be vectorized
+            return None
+
     def bytes_of_a_product(self) -> int:
         """Estimate, from above, what one more vector in a block needs."""
         return 0 if self.graph is None else self.graph.bytes_of_a_product()
 
 
-class _Run(NamedTuple):
+class Run(NamedTuple):
     """One run of a function with autograd looking on.
 
     Attributes:
@@ -185,31 +219,39 @@ class _Run(NamedTuple):
         order: int,
         goes_on: bool,
         surroundings: Callable[[], AbstractContextManager[Any]],
-    ) -> _Run:
+    ) -> Run:
         """Run it, to be differentiated so many times."""
         outside = _around.set(_around.get() + order)
         try:
             with surroundings(), torch.enable_grad():
-                inputs = [alias(usable(leaf)) for leaf in leaves]
+                inputs = [_input(leaf) for leaf in leaves]
                 outputs, aux = function(*inputs)
         finally:
             _around.reset(outside)
         return cls(inputs, outputs, aux, goes_on, surroundings)
 
 
-def _recorded(function: Function, leaves: Tensors, order: int) -> _Run:
+def _input(leaf: torch.Tensor) -> torch.Tensor:
+    leaf = usable(leaf)
+    return alias(leaf) if leaf.requires_grad else leaf.detach().requires_grad_()
+
+
+def _recorded(
+    function: Function, leaves: Tensors, order: int, run: Run | None = None
+) -> Run:
     """Run a function; again with stand-ins, if its graph is not to be relied on."""
     can_go_on = torch.is_grad_enabled()
     goes_on = can_go_on and any(leaf.requires_grad for leaf in leaves)
     total = order + max(_around.get(), goes_on)
-    run = _Run.of(function, leaves, order, goes_on, partial(plainly, total))
-    nodes = list(_nodes(run.outputs))
-    goes_on = goes_on or (can_go_on and _leads_elsewhere(nodes, run))
-    total = max(total, order + goes_on)
-    run = run._replace(goes_on=goes_on)
-    if _wrong(nodes, total):
-        run = _Run.of(function, leaves, order, goes_on, within_transforms)
-        remain = _wrong(_nodes(run.outputs), total)
+    if run is None:
+        run = Run.of(function, leaves, order, goes_on, partial(plainly, total))
+    kinds, ends = _looked_through(run)
+    if can_go_on and not goes_on and _are_elsewhere(ends, run):
+        total = max(total, order + 1)
+        run = run._replace(goes_on=True)
+    if _wrong(kinds, total):
+        run = Run.of(function, leaves, order, run.goes_on, within_transforms)
+        remain = _wrong(_looked_through(run)[0], total)
         if remain:
             raise TransformError(
                 "torch has no right derivative of this order of "
@@ -219,10 +261,15 @@ def _recorded(function: Function, leaves: Tensors, order: int) -> _Run:
     return run
 
 
-class _Graph:
-    """A graph of autograd's, from the inputs of a run to outputs."""
+class Graph:
+    """A graph of autograd's, from the inputs of a run to outputs.
 
-    def __init__(self, run: _Run, outputs: Tensors) -> None:
+    Args:
+        run: The run.
+        outputs: What it returned, or what has been computed from that.
+    """
+
+    def __init__(self, run: Run, outputs: Tensors) -> None:
         self.inputs, self.goes_on = run.inputs, run.goes_on
         self.surroundings = run.surroundings
         self.reached = [i for i, out in enumerate(outputs) if out.requires_grad]
@@ -237,27 +284,40 @@ class _Graph:
     def pulled_back(
         self, cotangents: Tensors, *, is_last: bool = False, is_block: bool = False
     ) -> Tensors:
-        """Return one cotangent per input."""
+        """Return one cotangent per input; see :class:`Pullback`."""
         given = [cotangents[i] for i in self.reached]
         if not given:
             return _zeros(self.inputs, cotangents[0], is_block=is_block)
         again = torch.is_grad_enabled() and (
             self.goes_on or any(tensor.requires_grad for tensor in given)
         )
+        found: Any
         with self.surroundings():
-            found = torch.autograd.grad(
-                self.outputs,
-                self.inputs,
-                given,
-                create_graph=again,
-                retain_graph=again or not is_last,
-                allow_unused=True,
-                is_grads_batched=is_block,
-            )
-        values: list[torch.Tensor | None] = [*found]
-        if any(value is None for value in values):
-            zeros = _zeros(self.inputs, given[0], is_block=is_block)
-            return [z if v is None else v for v, z in zip(values, zeros, strict=True)]
+            if is_block:
+                found = torch.autograd.grad(
+                    self.outputs,
+                    self.inputs,
+                    given,
+                    create_graph=again,
+                    retain_graph=again or not is_last,
+                    allow_unused=True,
+                    is_grads_batched=True,
+                )
+            else:
+                found = torch_compat.pulled_back(
+                    self.outputs,
+                    self.inputs,
+                    given,
+                    create_graph=again,
+                    retain_graph=again or not is_last,
+                )
+        missing = [place for place, value in enumerate(found) if value is None]
+        if missing:
+            unused = [self.inputs[place] for place in missing]
+            zeros = _zeros(unused, given[0], is_block=is_block)
+            found = list(found)
+            for place, zero in zip(missing, zeros, strict=True):
+                found[place] = zero
         return found
 
     def bytes_of_a_product(self) -> int:
@@ -299,9 +359,13 @@ def _gradient(value: torch.Tensor, inputs: Tensors) -> Tensors:
     if not value.requires_grad:
         return [torch.zeros_like(x) for x in inputs]
     with torch.enable_grad():
-        return torch.autograd.grad(
-            value, inputs, create_graph=True, allow_unused=True, materialize_grads=True
+        found = torch_compat.pulled_back(
+            [value], inputs, [torch.ones_like(value)], create_graph=True
         )
+        return [
+            torch.zeros_like(tensor) if grad is None else grad
+            for grad, tensor in zip(found, inputs, strict=True)
+        ]
 
 
 def _zeros(inputs: Tensors, given: torch.Tensor, *, is_block: bool) -> Tensors:
@@ -309,22 +373,48 @@ def _zeros(inputs: Tensors, given: torch.Tensor, *, is_block: bool) -> Tensors:
     return [x.new_zeros((*leading, *x.shape)) for x in inputs]
 
 
-def _wrong(nodes: Iterable[Any], order: int) -> set[str]:
+def _wrong(kinds: set[type], order: int) -> set[str]:
     """Return which nodes of a graph are wrong or missing at an order."""
-    return {kind.__name__ for kind in set(map(type, nodes))} & wrong_at(order)
+    return {kind.__name__ for kind in kinds} & wrong_at(order)
 
 
-def _leads_elsewhere(nodes: Iterable[Any], run: _Run) -> bool:
+def captures(run: Run) -> bool:
     """Whether a graph has leaves that are none of its inputs: captured parameters."""
-    own = {id(tensor) for tensor in run.inputs}
-    if any(
-        out.requires_grad and out.grad_fn is None and id(out) not in own
-        for out in run.outputs
-    ):
-        return True
-    ends = (node for node in nodes if not node.next_functions)
-    leaves = (getattr(node, "variable", None) for node in ends)
-    return any(leaf is not None and id(leaf) not in own for leaf in leaves)
+    return _are_elsewhere(_looked_through(run)[1], run)
+
+
+def _are_elsewhere(ends: list[Any], run: Run) -> bool:
+    own = set(map(id, run.inputs))
+    return any(id(leaf) not in own for leaf in ends)
+
+
+def _looked_through(run: Run) -> tuple[set[type], list[Any]]:
+    """Return the kinds of nodes in the graph of a run, and its leaves.
+
+    What is before the inputs is no part of it: whoever made that has looked there.
+    """
+    seen = {tensor.grad_fn for tensor in run.inputs if tensor.grad_fn is not None}
+    stack: list[Any] = []
+    kinds: set[type] = set()
+    leaves: list[Any] = []
+    for out in run.outputs:
+        if out.grad_fn is not None:
+            stack.append(out.grad_fn)
+        elif out.requires_grad:
+            leaves.append(out)
+    while stack:
+        node = stack.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        kinds.add(type(node))
+        below = node.next_functions
+        for other, _ in below:
+            if other is not None and other not in seen:
+                stack.append(other)
+        if not below and (leaf := getattr(node, "variable", None)) is not None:
+            leaves.append(leaf)
+    return kinds, leaves
 
 
 def _nodes(outputs: Tensors) -> Iterator[Any]:

@@ -4,18 +4,26 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 
 from gradtools import torch_compat
 from gradtools.lowering.boundary import is_tracing
-from gradtools.second_order.stand_ins import StandIns, StandInsOfForwardMode
+from gradtools.second_order.stand_ins import (
+    OneJacobian,
+    StandIns,
+    StandInsOfForwardMode,
+)
 
 __all__ = [
     "has_no_forward_mode",
+    "in_both_modes",
     "in_forward_mode",
     "is_under_way",
     "is_within_transforms",
@@ -46,7 +54,7 @@ def is_under_way(tensors: Iterable[torch.Tensor]) -> bool:
     )
 
 
-def plainly(order: int) -> contextlib.AbstractContextManager[Any]:
+def plainly(order: int) -> AbstractContextManager[Any]:
     """Return the context for plain autograd, also in inference mode.
 
     What else torch does wrongly shows in the graph, see :class:`.Pullback`: a context
@@ -82,6 +90,22 @@ def in_forward_mode() -> Generator[None]:
     """
     with _one_at_a_time, _with_stand_ins(StandInsOfForwardMode()):
         yield
+
+
+@contextlib.contextmanager
+def in_both_modes() -> Iterator[Callable[[], AbstractContextManager[None]]]:
+    """Take a derivative in forward mode and one in reverse mode, of one run.
+
+    Yields:
+        The context for the run itself.
+    """
+    with (
+        _one_at_a_time,
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        forward_ad.dual_level(),
+    ):
+        yield partial(_with_stand_ins, OneJacobian())
 
 
 def usable(tensor: torch.Tensor) -> torch.Tensor:
@@ -143,12 +167,6 @@ class _MathAttention:
                     switch(was_on)
 
 
-_cuda = torch.backends.cuda  # where the switches are, of the CPU's kernels too
-_BACKENDS: tuple[tuple[Callable[[], bool], Callable[[bool], None]], ...] = (
-    (_cuda.flash_sdp_enabled, _cuda.enable_flash_sdp),
-    (_cuda.mem_efficient_sdp_enabled, _cuda.enable_mem_efficient_sdp),
-    (_cuda.cudnn_sdp_enabled, _cuda.enable_cudnn_sdp),
-    (_cuda.math_sdp_enabled, _cuda.enable_math_sdp),
-)
+_BACKENDS = torch_compat.attention_switches
 _math_attention = _MathAttention()
 _one_at_a_time = threading.RLock()
