@@ -24,7 +24,7 @@ FOLDER = ROOT / "tests/transforms"
 PAGE = ROOT / "docs/capabilities.md"
 
 WRITING = "WRITE_CAPABILITIES"  # set in a run that the page follows
-PASSED, FAILED, ERROR, ABSENT = "✓", "failed", "error", "–"
+PASSED, FAILED, ERROR, ABSENT = "✓", "failed", "error", "\N{EN DASH}"
 
 
 class Cell(NamedTuple):
@@ -227,8 +227,7 @@ def read(text: str) -> tuple[str, dict[tuple[str, str], str]]:
     for line in text.splitlines():
         name, *signs = line.strip("|").split(" | ")
         if len(signs) == len(cases) and not signs[0].isdigit():
-            for case, sign in zip(cases, signs, strict=True):
-                sign = sign.strip()
+            for case, sign in zip(cases, map(str.strip, signs), strict=True):
                 if sign != ABSENT:
                     cells[name.strip(), case] = reasons.get(sign, sign)
     return found[1], cells

@@ -27,7 +27,8 @@ def at_trace_time(function: Callable[..., Any]) -> Callable[..., Any]:
 
     This is ``torch.compiler.assume_constant_result`` without its import of Dynamo.
     """
-    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    marked: Any = function
+    marked._dynamo_marked_constant = True
     return function
 
 

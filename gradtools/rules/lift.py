@@ -58,6 +58,12 @@ class Lifted(CustomVJP[..., Any]):
             self.rule = dataclasses.replace(self.rule, jvp_takes_residuals=False)
         super()._state(**parts)
 
+    def restated(self, parts: dict[str, Any]) -> Lifted:
+        """Replace parts of the rule, and return it."""
+        if parts:
+            self._state(**parts)
+        return self
+
     def __set_name__(self, owner: type, name: str) -> None:
         """Stay what it is: in the body of a class it is a function, no method."""
 
@@ -75,10 +81,7 @@ def _lifted_again(
     function: type[Function], options: dict[str, Any], stated: dict[str, Any]
 ) -> Lifted:
     """Undo ``Lifted.__reduce__``."""
-    lifted = lift(function, **options)
-    if stated:
-        lifted._state(**stated)
-    return lifted
+    return lift(function, **options).restated(stated)
 
 
 def lift(

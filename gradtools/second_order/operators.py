@@ -382,7 +382,8 @@ def hvp_fn(
         progress: Whether to show a bar while the batches go by (needs rich).
 
     Returns:
-        The operator, with ``op(v)``, ``op @ v``, ``op.block(V)``, ``op.value``, ``op.grad``.
+        The operator, with ``op(v)``, ``op @ v``, ``op.block(V)``, ``op.value`` and
+        ``op.grad``.
 
     Raises:
         DefinitionError: f returns no scalar, or the batches can be read only once.

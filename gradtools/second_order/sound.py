@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
@@ -93,7 +93,7 @@ def in_forward_mode() -> Generator[None]:
 
 
 @contextlib.contextmanager
-def in_both_modes() -> Iterator[Callable[[], AbstractContextManager[None]]]:
+def in_both_modes() -> Generator[Callable[[], AbstractContextManager[None]]]:
     """Take a derivative in forward mode and one in reverse mode, of one run.
 
     Yields:
