@@ -1,6 +1,7 @@
 """The examples of README and of the docstrings are tests; the device of all tests."""
 
 import doctest
+import itertools
 import sys
 import types
 import warnings
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from sybil import Sybil
+from sybil.integration.pytest import SybilItem
 from sybil.parsers.markdown import PythonCodeBlockParser
 from sybil.parsers.rest import DocTestParser
 
@@ -32,7 +34,10 @@ def pytest_configure(config: Any) -> None:
 
 
 def pytest_collection_modifyitems(config: Any, items: list[pytest.Item]) -> None:
-    """Leave out what is about the CPU, where the tests run elsewhere."""
+    """Keep a document in one process; leave out what is about another device."""
+    for item in items:
+        if isinstance(item, SybilItem):  # its examples build upon each other
+            item.add_marker(pytest.mark.xdist_group(item.path.as_posix()))
     device = config.getoption("--device")
     if device != "cpu":
         reason = f"about the CPU's kernels, or numpy, which take no tensors of {device}"
@@ -41,15 +46,19 @@ def pytest_collection_modifyitems(config: Any, items: list[pytest.Item]) -> None
                 item.add_marker(pytest.mark.skip(reason=reason))
 
 
+_DOCUMENTS = itertools.count(1)
 OPTIONS = doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS
 
 
 def _names(namespace: dict[str, Any]) -> None:
-    """Make the names of a document a module, for Dynamo imports what it guards on."""
-    module = types.ModuleType("document")
+    """Make the names of a document a module, for Dynamo imports what it guards on.
+
+    It keeps what it imported, so that each document has a module of its own.
+    """
+    module = types.ModuleType(f"document_{next(_DOCUMENTS)}")
     module.__getattr__ = namespace.get
-    sys.modules["document"] = module
-    namespace.update(torch=torch, gt=gt, __name__="document")
+    sys.modules[module.__name__] = module
+    namespace.update(torch=torch, gt=gt, __name__=module.__name__)
 
 
 pytest_collect_file = (

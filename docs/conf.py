@@ -3,6 +3,8 @@
 import sys
 from pathlib import Path
 
+from docutils import nodes
+
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
 from inventories import write_inventory  # noqa: E402
@@ -66,5 +68,18 @@ html_static_path = ["_static"]
 html_css_files = ["gradtools.css"]
 html_show_sphinx = False
 html_copy_source = False
+html_domain_indices = False
 pygments_style = "friendly"
 pygments_dark_style = "github-dark"
+
+
+def setup(app):  # noqa: ANN001, ANN201, D103 (Sphinx's hook)
+    app.connect("doctree-read", _without_last_blank_line)
+
+
+def _without_last_blank_line(app, doctree):  # noqa: ANN001, ANN202
+    """Take away the blank line that ends the last output of an example in a fence."""
+    for block in doctree.findall(nodes.literal_block):
+        text = block.astext().rstrip("\n")
+        block.children[:] = [nodes.Text(text)]
+        block.rawsource = text

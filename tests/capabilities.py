@@ -24,7 +24,7 @@ FOLDER = ROOT / "tests/transforms"
 PAGE = ROOT / "docs/capabilities.md"
 
 WRITING = "WRITE_CAPABILITIES"  # set in a run that the page follows
-PASSED, FAILED, ERROR, ABSENT = "✓", "failed", "error", "\N{EN DASH}"
+PASSED, FAILED, ERROR, ABSENT = "✓", "failed", "error", "."
 
 
 class Cell(NamedTuple):
@@ -89,13 +89,6 @@ def outcome_of(report: Any) -> str:
 
 # The page.
 
-GROUPS = {
-    "Plain autograd": lambda file, text: "torch.func" not in text,
-    "torch.func": lambda file, text: True,
-    "torch.compile": lambda file, text: file.startswith(
-        ("test_compiled", "test_inductor")
-    ),
-}
 HEAD = """\
 # What composes with what
 
@@ -120,13 +113,13 @@ def page(outcomes: Mapping[Cell, str], cases: tuple[str, ...]) -> str:
     skipped = sum(map(is_reason, outcomes.values()))
     lines = [
         HEAD,
-        f"With torch {version()}: {count} cells hold, {refused} are an error with a "
-        f"name, {skipped} are skipped.\n",
+        f"With torch {version()}: right in {count:,} cells; an error of torch's in "
+        f"{refused}; skipped: {skipped}.\n",
     ]
     for group, rows in _grouped(outcomes).items():
         lines += [f"## {group}\n", *_table(rows, outcomes, cases, signs), ""]
     lines += ["## What the signs mean\n", f"- {PASSED}: right."]
-    lines += [f"- {ERROR}: torch cannot do this, and an error says so."]
+    lines += [f"- {ERROR}: torch cannot do this of any function, and says so."]
     lines += [f"- {sign}: skipped. {reason}." for reason, sign in signs.items()]
     lines += ["", "## The rules\n", "| | rule |", "|--:|---|"]
     lines += [f"| {n} | {case} |" for n, case in enumerate(cases, 1)]
@@ -145,14 +138,19 @@ def is_reason(outcome: str) -> bool:
 
 
 def _grouped(outcomes: Mapping[Cell, str]) -> dict[str, list[tuple[str, str]]]:
-    groups: dict[str, list[tuple[str, str]]] = {name: [] for name in GROUPS}
+    names = ("Plain autograd", "torch.func", "torch.compile")
+    groups: dict[str, list[tuple[str, str]]] = {name: [] for name in names}
     for file, test in sorted({(cell.file, cell.test) for cell in outcomes}):
-        text = (FOLDER / f"{file}.py").read_text(encoding="utf-8")
-        compiled = GROUPS["torch.compile"](file, text)
-        plain = GROUPS["Plain autograd"](file, text)
-        name = "torch.compile" if compiled else "Plain autograd" if plain else None
-        groups[name or "torch.func"].append((file, test))
+        groups[_group(file)].append((file, test))
     return groups
+
+
+def _group(file: str) -> str:
+    if file.startswith(("test_compiled", "test_inductor")):
+        return "torch.compile"
+    _, _, code = (FOLDER / f"{file}.py").read_text(encoding="utf-8").split('"""', 2)
+    functional = r"torch\.func\.|compositions import .*\b(grad|jvp)\b"
+    return "torch.func" if re.search(functional, code) else "Plain autograd"
 
 
 def _table(
@@ -227,9 +225,10 @@ def read(text: str) -> tuple[str, dict[tuple[str, str], str]]:
     for line in text.splitlines():
         name, *signs = line.strip("|").split(" | ")
         if len(signs) == len(cases) and not signs[0].isdigit():
-            for case, sign in zip(cases, map(str.strip, signs), strict=True):
-                if sign != ABSENT:
-                    cells[name.strip(), case] = reasons.get(sign, sign)
+            for case, sign in zip(cases, signs, strict=True):
+                outcome = reasons.get(sign.strip(), sign.strip())
+                if outcome != ABSENT:
+                    cells[name.strip(), case] = outcome
     return found[1], cells
 
 

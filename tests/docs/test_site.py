@@ -91,7 +91,7 @@ class _Tables(HTMLParser):
     def handle_starttag(self, tag, attrs):
         if tag in ("div", "table"):
             classes = dict(attrs).get("class") or ""
-            if tag == "table":
+            if tag == "table" and "docutils" in classes:
                 self.bare += not any("table-wrapper" in c for c in self.open)
             self.open.append(classes)
 

@@ -278,6 +278,8 @@ def test_an_error_in_the_function_leaves_nothing_behind(call):
     [
         (lambda: gt.hvp(torch.sum, X, X), r"hvp: primals must be a tuple"),
         (lambda: gt.hvp(torch.sin, (X,), (X,)), "sin must return one real scalar"),
+        (lambda: gt.grad(torch.sin)(X), "sin must return one real scalar"),
+        (lambda: gt.grad(torch.sum, has_aux=True)(X), "True sum must return a pair"),
         (lambda: gt.hvp(lambda x: (x.sum(), x), (X,), (X,)), "must return one real"),
         (lambda: gt.hvp(torch.sum, (X,), (X[:2],)), "the tangents do not fit"),
         (lambda: gt.hvp(torch.sum, (X,), (X.float(),)), "float32"),
