@@ -35,7 +35,7 @@ types: $(READY) ## Static types of the package, and what users' checkers see of 
 	$(BIN)/mypy --cache-dir $(VENV)/mypy
 
 unit: $(READY) ## Tests alone
-	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadgroup
+	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile
 
 package: $(READY) ## Build wheel and sdist; test what they install
 	rm -rf dist

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 from sybil import Sybil
-from sybil.integration.pytest import SybilItem
 from sybil.parsers.markdown import PythonCodeBlockParser
 from sybil.parsers.rest import DocTestParser
 
@@ -34,10 +33,7 @@ def pytest_configure(config: Any) -> None:
 
 
 def pytest_collection_modifyitems(config: Any, items: list[pytest.Item]) -> None:
-    """Keep a document in one process; leave out what is about another device."""
-    for item in items:
-        if isinstance(item, SybilItem):  # its examples build upon each other
-            item.add_marker(pytest.mark.xdist_group(item.path.as_posix()))
+    """Leave out what is about the CPU, where the tests run elsewhere."""
     device = config.getoption("--device")
     if device != "cpu":
         reason = f"about the CPU's kernels, or numpy, which take no tensors of {device}"
