@@ -26,7 +26,7 @@ def _names(namespace: dict[str, Any]) -> None:
 pytest_collect_file = (
     Sybil(
         parsers=[PythonCodeBlockParser(doctest_optionflags=OPTIONS)],
-        patterns=["README.md", "docs/*.md"],
+        patterns=["README.md", "docs/*.md", "docs/**/*.md"],
         setup=_names,
     )
     + Sybil(
