@@ -15,7 +15,7 @@ INSTALLED ?= tests/rules tests/runtime/test_distribution.py tests/runtime/test_h
 
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help demo test lint types unit package docs sweep bench format clean
+.PHONY: help demo test lint types unit package docs sweep bench lifted format clean
 
 help: ## List the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 10
@@ -57,6 +57,11 @@ sweep: $(READY) ## Put the check to the test: mutants, torch's operators, cost
 bench: $(READY) ## Measure time and memory beside rules by hand; write docs/performance.md
 	$(BIN)/python -m pip install -q -c constraints.txt --group bench
 	$(BIN)/python -m tests.benchmarks.performance $(BENCH)
+
+lifted: $(READY) ## Lift classes of other libraries; write docs/guides/functions.md
+	$(BIN)/python -m pip install -q -c constraints.txt --group lifted
+	$(BIN)/python -m pip install -q -c constraints.txt --no-deps liger_kernel # has triton
+	$(BIN)/python -m tests.benchmarks.lifted $(LIFTED)
 
 format: $(READY) ## Mend what can be mended
 	$(BIN)/ruff check --fix .

@@ -193,19 +193,18 @@ class Batched:
     ) -> Optional:
         """Run the inner jvp rule on the batch."""
         parts = (leaves, tangents, outs, kept)
-        ends = (0, *accumulate(map(len, parts)))
+        ends = [*accumulate(map(len, parts), initial=0)]
 
         def run(*values: Any, leading: Sizes) -> Sequence[Any]:
-            given = [values[a:b] for a, b in pairwise(ends)]
+            given = (values[a:b] for a, b in pairwise(ends))
             return self.inner.jvp(layout.inner, *given, leading=leading)
 
         moved, used = _where(tangents, self.in_dims), layout.kept_dims[: len(kept)]
         dims: Any = (*self.in_dims, *moved, *layout.out_dims, *used)
-        values, value_dims = self.map(run, tuple(chain(*parts)), dims, leading)
-        rows = zip(values, value_dims, layout.out_dims, strict=True)
+        found = self.map(run, tuple(chain(*parts)), dims, leading)
         return [
             _placed(value, dim, out_dim, self.size, len(leading), reduce=False)
-            for value, dim, out_dim in rows
+            for value, dim, out_dim in zip(*found, layout.out_dims, strict=True)
         ]
 
     def refuse_different(self, layouts: Sequence[Layout]) -> None:

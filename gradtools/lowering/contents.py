@@ -30,6 +30,7 @@ __all__ = [
     "never_holds_tensors",
     "place_of",
     "tensors_used",
+    "tensors_within",
     "unnamed",
     "versions",
 ]
@@ -137,11 +138,17 @@ def _attributes(value: Any) -> Iterator[tuple[str, Any]]:
                 yield f".{name}", getattr(value, name)
 
 
-def hidden_tensors(value: Any, depth: int = 4) -> list[tuple[str, torch.Tensor]]:
+def tensors_within(value: Any) -> list[torch.Tensor]:
+    """Return all tensors that an object holds inside, each once, in any depth."""
+    found = _reachable(value, "", 16, set())
+    return list({id(tensor): tensor for _, tensor in found}.values())
+
+
+def hidden_tensors(value: Any) -> list[tuple[str, torch.Tensor]]:
     """Return the floating tensors that an object holds inside, each with its path."""
     return [
         (path, tensor)
-        for path, tensor in _reachable(value, "", depth, set())
+        for path, tensor in _reachable(value, "", 4, set())
         if tensor.dtype.is_floating_point or tensor.dtype.is_complex
     ]
 

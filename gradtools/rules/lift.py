@@ -21,7 +21,7 @@ from gradtools.rules.lifted_functions import make_bwd, make_fun, make_fwd, make_
 from gradtools.rules.marked_outputs import Bits
 from gradtools.rules.options import refuse_options
 from gradtools.rules.rule import Contract, Exact, Rule, VmapMode, place
-from gradtools.rules.shared_parameters import shared_arguments
+from gradtools.rules.sharing import shared_arguments
 from gradtools.rules.signature import Parameters
 
 __all__ = ["Lifted", "lift"]

@@ -14,6 +14,7 @@ import torch
 
 from gradtools import torch_compat
 from gradtools.errors import DefinitionError
+from gradtools.lowering.boundary import is_tracing
 from gradtools.rules.function_class import (
     FunctionParts,
     blamed_on_a_transform,
@@ -22,8 +23,7 @@ from gradtools.rules.function_class import (
 )
 from gradtools.rules.marked_outputs import Bits
 from gradtools.rules.recorded_context import Context, Outputs, kept, restored
-from gradtools.rules.shared_parameters import (
-    Sharing,
+from gradtools.rules.sharing import (
     bared,
     exchanged,
     shared_attributes,
@@ -131,14 +131,9 @@ def make_fwd(
         out = run(context, args)
         outputs = Outputs.of(out, context.materialize_grads)
         saved, for_jvp, attributes = kept(context, args, moving=moving)
-        if attributes:
-            attributes = shared_attributes(attributes, args)
-        used = {
-            place: args[place]
-            for value in (*args, *attributes.values())
-            if type(value) is Sharing
-            for place in value.places
-        }
+        used: dict[int, Any] = {}
+        if not is_tracing():  # Dynamo's way is for first derivatives
+            attributes, used = shared_attributes(attributes, args)
         out = Bits.hide(out, context.non_differentiable)
         return out, (saved, for_jvp, attributes, used, outputs)
 
@@ -259,7 +254,7 @@ def _wanting_gradients(
     fresh = {
         id(tensor): tensor.detach().requires_grad_()
         for place, tensor in used.items()
-        if needs[place] is True and not tensor.requires_grad
+        if place >= 0 and needs[place] is True and not tensor.requires_grad
     }
     return (
         [fresh.get(id(tensor), tensor) for tensor in saved],

@@ -695,3 +695,53 @@ def test_the_decorators_of_autocast_are_understood(enabled):
     assert got.dtype == want.dtype
     assert_close(got, want)
     assert_close(gradients(got, x, w), gradients(want, x, w))
+
+
+class Box:
+    """An object that holds a tensor and something that was computed of it."""
+
+    def __init__(self, x):
+        self.x = x
+        self.cache = {"cosine": x.cos()}
+
+
+class KeepsABox(Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.box = Box(x)
+        return x.sin()
+
+    @staticmethod
+    def backward(ctx, g):
+        return g * ctx.box.cache["cosine"] + 0 * ctx.box.x
+
+
+class KeepsABoxTenTimes(KeepsABox):
+    @staticmethod
+    def backward(ctx, g):
+        return 10 * g * ctx.box.cache["cosine"]
+
+
+@pytest.mark.parametrize("name", [name for name in USES if "compiled" not in name])
+def test_tensors_inside_an_object_on_ctx_are_residuals(name):
+    assert_close(USES[name](gt.lift(KeepsABox)), USES[name](torch.sin))
+
+
+@pytest.mark.parametrize("name", [name for name in MARKED if "compiled" not in name])
+def test_it_is_the_backward_of_the_class_that_reads_them(name):
+    lifted = gt.lift(KeepsABoxTenTimes, contract=gt.Surrogate())
+    assert_close(USES[name](lifted), MARKED[name])
+
+
+def test_an_object_on_ctx_under_compile():
+    assert_close(USES["compiled grad"](gt.lift(KeepsABox)), X.cos())
+    assert_close(USES["compiled"](gt.lift(KeepsABox)), (X.cos(),))
+
+
+def test_calls_in_threads_agree():
+    from concurrent.futures import ThreadPoolExecutor
+
+    lifted = gt.lift(Attributes)
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda _: USES["backward"](lifted), range(16)))
+    assert_close(found, [USES["backward"](xsinx)] * 16)

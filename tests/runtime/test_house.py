@@ -92,7 +92,13 @@ def test_the_check_knows_nothing_of_functions():
         (r"^forward_ad\._", {"torch_compat"}),
         (
             r"^torch\.autograd\.Function$",
-            {"lowering.functions", "lowering.traced", "rules.lift", "torch_compat"},
+            {
+                "lowering.functions",
+                "lowering.traced",
+                "rules.function_class",
+                "rules.lift",
+                "torch_compat",
+            },
         ),
     ],
 )

@@ -1,9 +1,10 @@
-"""Objects that hold tensors which are arguments as well.
+"""Objects that hold tensors, as arguments and on ctx.
 
 Checkpoints and adjoint methods take a module together with its parameters, and read
 them through the module: the class is no function of its arguments. Others keep an
 object on ctx that was built of arguments. Either becomes what it should be when the
-object's tensors are exchanged for the arguments while it is used.
+object's tensors are exchanged while it is used: for the arguments, or for residuals
+like any other.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 
 from gradtools import trees
-from gradtools.lowering.contents import PLAIN, hidden_tensors
+from gradtools.lowering.contents import PLAIN, tensors_within
 from gradtools.lowering.residuals import Remark
 from gradtools.rules.convert import Exchange
 
@@ -23,12 +24,12 @@ __all__ = ["Sharing", "bared", "exchanged", "shared_arguments", "shared_attribut
 
 
 class Sharing(Remark):
-    """An object, with the places of its tensors among the arguments.
+    """An object, with what its tensors are exchanged for.
 
     Attributes:
         object: The object.
-        tensors: Tensors inside of it that are arguments too.
-        places: Which arguments they are.
+        tensors: Tensors inside of it.
+        places: Which arguments they are; a negative number for one that is none.
     """
 
     __slots__ = ("object", "places", "tensors")
@@ -56,49 +57,66 @@ def shared_arguments(args: tuple[Any, ...]) -> tuple[Any, ...]:
     """Return the arguments, with a Sharing for each callable that shares tensors."""
     if not any(map(_is_callable, args)):
         return args
-    return tuple(
-        _sharing(arg, args, 4) or arg if _is_callable(arg) else arg for arg in args
-    )
-
-
-def shared_attributes(
-    attributes: dict[str, Any], args: Sequence[Any]
-) -> dict[str, Any]:
-    """Return attributes of a ctx, with a Sharing for each object made of arguments.
-
-    An object that holds other tensors as well stays: it will be refused by name where
-    their derivative would be lost.
-    """
-    known = {id(arg.object): arg for arg in args if type(arg) is Sharing}
-    found = dict(attributes)
-    for name, value in attributes.items():
-        if isinstance(value, PLAIN) or not trees.is_leaf(value):
-            continue
-        sharing = known.get(id(value)) or _sharing(value, args, 8, whole=True)
-        if sharing is not None:
-            found[name] = sharing
-    return found
+    places = _places(args)
+    return tuple(_sharing(arg, places) if _is_callable(arg) else arg for arg in args)
 
 
 def _is_callable(arg: Any) -> bool:
     return callable(arg) and not isinstance(arg, (torch.Tensor, type))
 
 
-def _sharing(
-    value: Any, args: Sequence[Any], depth: int, *, whole: bool = False
-) -> Sharing | None:
-    places = {
+def _places(args: Sequence[Any]) -> dict[int, int]:
+    return {
         id(arg): place
         for place, arg in enumerate(args)
         if isinstance(arg, torch.Tensor)
     }
-    inside = {id(tensor): tensor for _, tensor in hidden_tensors(value, depth)}
-    both = [key for key in inside if key in places]
-    if not both or (whole and len(both) < len(inside)):
-        return None
-    return Sharing(
-        value, tuple(inside[key] for key in both), tuple(places[key] for key in both)
+
+
+def _sharing(arg: Any, places: dict[int, int]) -> Any:
+    both = [tensor for tensor in tensors_within(arg) if id(tensor) in places]
+    if not both:
+        return arg
+    return Sharing(arg, tuple(both), tuple(places[id(tensor)] for tensor in both))
+
+
+def shared_attributes(
+    attributes: dict[str, Any], args: Sequence[Any]
+) -> tuple[dict[str, Any], dict[int, Any]]:
+    """Return attributes of a ctx, and the tensors inside of objects among them.
+
+    An object with a graph or with parameters stays as it is: it will be refused by name
+    where their derivative would be lost.
+
+    Returns:
+        The attributes, with a Sharing for each object that holds tensors; by place:
+        the arguments and, under negative numbers, other tensors that are to be used.
+    """
+    shared = {id(arg.object): arg for arg in args if type(arg) is Sharing}
+    places, found = _places(args), dict(attributes)
+    recording = torch.is_grad_enabled() and any(
+        isinstance(arg, torch.Tensor) and arg.requires_grad for arg in args
     )
+    used = {place: args[place] for arg in shared.values() for place in arg.places}
+    for name, value in attributes.items():
+        if id(value) in shared:
+            found[name] = shared[id(value)]
+            continue
+        if isinstance(value, PLAIN) or not trees.is_leaf(value):
+            continue
+        inside = tensors_within(value)
+        known = [id(tensor) in places for tensor in inside]
+        if not inside or any(
+            t.requires_grad and not (k or recording)
+            for t, k in zip(inside, known, strict=True)
+        ):
+            continue
+        for tensor in inside:
+            places.setdefault(id(tensor), -1 - len(places))
+            used[places[id(tensor)]] = tensor
+        numbers = tuple(places[id(tensor)] for tensor in inside)
+        found[name] = Sharing(value, tuple(inside), numbers)
+    return found, used
 
 
 def bared(values: Sequence[Any]) -> tuple[Any, ...]:
