@@ -1,8 +1,7 @@
 """A kernel in C under a rule: ``out = alpha * x**2 + beta``, compiled here and now.
 
-``external`` says what comes out and which dtype goes in; the rule says what the
-derivative is, in C as well. The first call with a gradient checks the rule on the
-kernel itself, in float32, since the kernel takes no other.
+``external`` says what comes out and which dtype goes in; the rule is in C as well. The
+first call with a gradient checks it on the kernel itself, in float32.
 """
 
 import ctypes
@@ -72,8 +71,7 @@ def main():
         "vmap(grad)": torch.func.vmap(torch.func.grad(loss))(x),
         "hessian": torch.func.hessian(loss)(x).diagonal(),
     }
-    print(*(f"{name}: {value.tolist()}" for name, value in found.items()), sep="\n")
-    print(parabola.reports[0])
+    print({name: value.tolist() for name, value in found.items()}, parabola.reports[0])
     return found
 
 

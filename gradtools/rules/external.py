@@ -11,13 +11,15 @@ import numpy as np
 import torch
 
 from gradtools.errors import DefinitionError
-from gradtools.lowering.boundary import is_exporting, is_tracing
+from gradtools.lowering.boundary import call, is_exporting, is_tracing
 from gradtools.rules.custom_vjp import CustomVJP
 from gradtools.rules.differences import bwd_by_differences, jvp_by_differences
 from gradtools.rules.kernel import Kernel
 from gradtools.rules.options import name_of, refuse_options
+from gradtools.rules.repeated import ASTRAY
 from gradtools.rules.rule import Approximate, Contract, Exact, Rule
 from gradtools.rules.signature import Parameters
+from gradtools.torch_compat import dual_level_holder, transforms_active
 
 __all__ = ["External", "external"]
 
@@ -40,7 +42,19 @@ class External(CustomVJP[P, R]):
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         """Call the function."""
-        if is_exporting() and not is_tracing():
+        if is_tracing():
+            return call(self, args, kwargs)
+        last = self.kernel.last
+        if not (
+            last is None
+            or kwargs
+            or transforms_active()
+            or dual_level_holder._current_level >= 0
+        ):
+            out = last(args, torch.is_grad_enabled())
+            if out is not ASTRAY:
+                return out
+        if is_exporting():
             return self.kernel.exported(args, kwargs)
         return super().__call__(*args, **kwargs)
 

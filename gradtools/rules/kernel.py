@@ -64,7 +64,7 @@ class Kernel:
         self.operators = Operators(self)
         self.promises: dict[Any, Promise] = {}
         self.verified: set[Any] = set()
-        self.last: Callable[[tuple[Any, ...]], Any] | None = None
+        self.last: Callable[[tuple[Any, ...], bool], Any] | None = None
         self.key = register(self)  # for torch.compile
 
     def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -72,7 +72,7 @@ class Kernel:
         if is_tracing():
             return call_kernel(self, args, kwargs)
         if self.last is not None and not kwargs:
-            out = self.last(args)
+            out = self.last(args, False)
             if out is not ASTRAY:
                 return out
         return self.run_entries(self.parameters.bind(args, kwargs))

@@ -24,13 +24,16 @@ ASTRAY: Any = object()
 
 def repeated(
     kernel: Any, leaves: Sequence[Any], promise: Promise
-) -> Callable[[tuple[Any, ...]], Any] | None:
+) -> Callable[[tuple[Any, ...], bool], Any] | None:
     """Return what serves calls like a verified one; None where that is not plain.
 
     Args:
         kernel: The kernel.
         leaves: Its arguments in that call.
         promise: What it returns for such arguments.
+
+    The function that comes back takes the arguments, and whether one that requires a
+    gradient is not for it.
     """
     if (
         not promise.is_verified
@@ -52,7 +55,7 @@ def repeated(
     modes, is_watched = torch_modes.dispatch_modes, torch_modes.function_modes
     is_wrapped = torch_compat.is_wrapped
 
-    def call(args: tuple[Any, ...]) -> Any:  # noqa: PLR0912 (calls cost time)
+    def call(args: tuple[Any, ...], needs_gradient: bool) -> Any:  # noqa: PLR0912
         if len(args) != count or policy() == "always" or modes() or is_watched():
             return ASTRAY
         given, spans, versions = [], [], []
@@ -70,6 +73,8 @@ def repeated(
                 ):
                     return ASTRAY
                 if arg.requires_grad:
+                    if needs_gradient:
+                        return ASTRAY
                     arg = arg.detach()  # noqa: PLW2901
                 spans.append((arg.data_ptr(), arg.nbytes))
                 versions.append((arg, arg._version))

@@ -155,9 +155,13 @@ def test_a_cpp_extension(tmp_path):
 
 
 def test_numpy_and_scipy(example):
-    found = example("numpy_kernel").main()
+    module = example("numpy_kernel")
+    found = module.main()
     assert found.pop("interpolation") == "passed"
     assert max(found.values()) < 1e-15
+    bands, b = torch.tensor([[0.0, 1, 1], [4, 4, 4], [1, 1, 0]]), torch.randn(2, 3)
+    solved = torch.func.vmap(module.solve_tridiagonal, (None, 0))(bands, b)
+    assert_close(solved @ module.dense(bands).T, b)
 
 
 def test_a_simulator_with_an_approximate_gradient(example, capsys):
