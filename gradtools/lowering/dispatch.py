@@ -30,7 +30,7 @@ from gradtools.lowering import (
     functions,
     nondiff,
 )
-from gradtools.lowering.flat import Plan, autocast_state
+from gradtools.lowering.flat import Plan, autocast_state, noted
 from gradtools.lowering.state import Checks, State
 from gradtools.probing import moment
 from gradtools.rules.rule import Rule
@@ -219,7 +219,11 @@ class Lowered:
         values = leaves
         if spec is not None:
             values = trees.with_sizes(trees.unflatten(leaves, spec), spec)
-        out = rule.parameters.call(rule.fun, values)
+        try:
+            out = rule.parameters.call(rule.fun, values)
+        except Exception as error:
+            noted(error, rule, "fun")
+            raise
         if torch.is_grad_enabled() or torch_compat.forward_ad_active():
             self.refuse_derivative(out, leaves)
         return out

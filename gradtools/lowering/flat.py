@@ -437,8 +437,13 @@ def _inside(objects: Iterable[Any]) -> list[torch.Tensor]:
 
 def noted(error: Exception, rule: Rule, role: str) -> None:
     """Say on an exception of the user's code whose it is; it goes on as it is."""
-    if not isinstance(error, GradtoolsError):
-        error.add_note(f"raised in {rule.which(role)} of the rule {rule.where}")
+    if isinstance(error, GradtoolsError):
+        return
+    note = f"raised in {rule.which(role)} of the rule {rule.where}"
+    level = torch_compat.innermost_transform()
+    if rule.vmap == "auto" and isinstance(level, torch_compat.VmapLevel):
+        note += '; code that vmap cannot enter takes custom_vjp(vmap="sequential")'
+    error.add_note(note)
 
 
 def under_policy(bwd: Any, policy: str, checks: Checks | None) -> Any:

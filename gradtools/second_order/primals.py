@@ -149,6 +149,8 @@ class Primals:
     def _fitted(
         self, given: Any, word: str, leading: tuple[int, ...]
     ) -> list[torch.Tensor]:
+        if isinstance(given, list) and not isinstance(self.argnums, int):
+            given = tuple(given)  # like the primals, see as_tuple
         try:
             values = trees.flatten_like(given, self.spec)
         except ValueError as error:
