@@ -24,19 +24,18 @@ from torch._subclasses import fake_tensor
 from torch.autograd import forward_ad
 from torch.autograd.function import _SingleLevelFunction
 from torch.autograd.graph import _engine_run_backward
-from torch.overrides import has_torch_function
 
 __all__ = [
     "AtOneLevel", "GradLevel", "VmapLevel", "apply_of", "attention_by_operators",
-    "attention_switches", "autocast_devices", "autocast_enabled", "bytes_of_gradients",
+    "autocast_devices", "autocast_enabled", "bytes_of_gradients",
     "call_backward_directly", "clean_autograd", "dual_level", "dual_level_announced",
     "dual_level_holder", "fake_tensors", "forward_ad_active", "forward_ad_enabled",
     "graph_is_kept", "has_tangent", "hint", "innermost_level", "innermost_transform",
     "is_at_open_level", "is_being_differentiated", "is_differentiated", "is_fake",
     "is_foreign_subclass", "is_view", "is_view_of", "is_wrapped", "keep",
-    "only_reverse_and_vmap", "order", "plain", "primal_of", "pulled_back", "put_back",
-    "requires_grad_at_any_level", "tangent_of", "transforms_active", "unwrap_if_dead",
-    "unwrapped_to", "vmap_flat",
+    "only_reverse_and_vmap", "order", "plain", "primal_of", "put_back",
+    "requires_grad_at_any_level", "run_backward", "tangent_of", "transforms_active",
+    "unwrap_if_dead", "unwrapped_to", "vmap_flat",
 ]  # fmt: skip
 
 transforms_active: Callable[[], bool] = torch._C._are_functorch_transforms_active
@@ -63,9 +62,9 @@ def unwrapped_to(level: int, tensor: torch.Tensor) -> Iterator[torch.Tensor]:
 is_wrapped: Callable[[torch.Tensor], bool] = _functorch.is_functorch_wrapped_tensor
 """Whether a tensor belongs to a torch.func transform."""
 
+run_backward: Callable[..., Any] = _engine_run_backward  # without a check of shapes
 graph_is_kept: Callable[[], bool] = _autograd._get_current_graph_task_keep_graph
 """Inside a backward: whether the user asked for ``retain_graph``."""
-
 
 _interpreters: Callable[[], Any] = _functorch.get_interpreter_stack
 
@@ -139,47 +138,6 @@ def bytes_of_gradients(node: Any) -> int:
     metas = node._input_metadata
     return sum(math.prod(meta.shape) * meta.dtype.itemsize for meta in metas)
 
-
-def pulled_back(
-    outputs: Sequence[torch.Tensor],
-    inputs: Sequence[torch.Tensor],
-    cotangents: Sequence[torch.Tensor],
-    *,
-    create_graph: bool,
-    retain_graph: bool = True,
-) -> tuple[torch.Tensor | None, ...]:
-    """Call ``torch.autograd.grad`` for cotangents that are known to fit.
-
-    It compares each with its output by symbolic shapes, 5 us a time.
-    """
-    if has_torch_function((*outputs, *inputs)):  # of a subclass, or of a mode
-        return torch.autograd.grad(
-            outputs,
-            inputs,
-            cotangents,
-            create_graph=create_graph,
-            retain_graph=retain_graph,
-            allow_unused=True,
-        )
-    return _engine_run_backward(
-        tuple(outputs),
-        tuple(cotangents),
-        retain_graph,
-        create_graph,
-        tuple(inputs),
-        True,  # an input that nothing depends on gets None
-        accumulate_grad=False,
-    )
-
-
-attention_switches: tuple[tuple[Callable[[], bool], Callable[[bool], None]], ...] = (
-    (torch._C._get_flash_sdp_enabled, torch._C._set_sdp_use_flash),
-    (torch._C._get_mem_efficient_sdp_enabled, torch._C._set_sdp_use_mem_efficient),
-    (torch._C._get_cudnn_sdp_enabled, torch._C._set_sdp_use_cudnn),
-    (torch._C._get_math_sdp_enabled, torch._C._set_sdp_use_math),
-)
-"""Which kernels of attention may be chosen, and the switch of each; the last is made of
-plain operators. The public functions take ten times as long."""
 
 _aten = torch.ops.aten
 attention_by_operators: Callable[..., Any] = _aten._scaled_dot_product_attention_math

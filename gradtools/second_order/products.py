@@ -11,8 +11,9 @@ from torch.autograd import forward_ad
 
 from gradtools.errors import DefinitionError
 from gradtools.second_order.directional import transposed
+from gradtools.second_order.graph import Graph, Run, captures
 from gradtools.second_order.primals import Argnums, Flat, Primals, Tensors, as_tuple
-from gradtools.second_order.reverse import Gradient, Graph, Pullback, Run, captures
+from gradtools.second_order.reverse import Gradient, Pullback
 from gradtools.second_order.sound import (
     in_both_modes,
     in_forward_mode,

@@ -167,6 +167,12 @@ class _MathAttention:
                     switch(was_on)
 
 
-_BACKENDS = torch_compat.attention_switches
+_cuda = torch.backends.cuda  # where the switches are, of the CPU's kernels too
+_BACKENDS: tuple[tuple[Callable[[], bool], Callable[[bool], None]], ...] = (
+    (_cuda.flash_sdp_enabled, _cuda.enable_flash_sdp),
+    (_cuda.mem_efficient_sdp_enabled, _cuda.enable_mem_efficient_sdp),
+    (_cuda.cudnn_sdp_enabled, _cuda.enable_cudnn_sdp),
+    (_cuda.math_sdp_enabled, _cuda.enable_math_sdp),
+)
 _math_attention = _MathAttention()
 _one_at_a_time = threading.RLock()
