@@ -1,6 +1,4 @@
-"""A fused SwiGLU in Triton under a rule: ``a * sigmoid(a) * b``, forward and backward.
-
-Needs a CUDA device, or ``TRITON_INTERPRET=1``: Triton in Python, on the CPU."""
+"""A fused SwiGLU in Triton: on a CUDA device, or in Python if TRITON_INTERPRET=1."""
 
 import os
 
