@@ -67,30 +67,19 @@ graph_is_kept: Callable[[], bool] = _autograd._get_current_graph_task_keep_graph
 """Inside a backward: whether the user asked for ``retain_graph``."""
 
 _interpreters: Callable[[], Any] = _functorch.get_interpreter_stack
+_JVP = _functorch.TransformType.Jvp
 
 
-def forward_ad_active() -> bool:
+def forward_ad_active(*, within_forward: bool = True) -> bool:
     """Whether a forward-mode level is open, by itself or by torch.func.jvp.
 
     While AOT autograd traces a graph of Dynamo's, only functorch knows of the level.
+    Within the forward of a Function no tangent moves; False there, if so wanted.
     """
-    return forward_ad._current_level >= 0 or (
-        transforms_active() and any(map(_is_jvp, _interpreters()))
+    moves = within_forward or torch._C._is_fwd_grad_enabled()
+    return (moves and forward_ad._current_level >= 0) or (
+        transforms_active() and any(i.key() == _JVP for i in _interpreters())
     )
-
-
-def tangents_move() -> bool:
-    """Whether a rule that is called now would be asked for a tangent.
-
-    Not within the forward of a Function: what level is open is its own affair.
-    """
-    return forward_ad_active() and (
-        torch._C._is_fwd_grad_enabled() or any(map(_is_jvp, _interpreters() or ()))
-    )
-
-
-def _is_jvp(interpreter: Any) -> bool:
-    return interpreter.key() == _functorch.TransformType.Jvp
 
 
 unwrap_if_dead: Callable[[torch.Tensor], torch.Tensor] = _functorch.unwrap_if_dead
@@ -177,7 +166,7 @@ def has_tangent(tensor: torch.Tensor) -> bool:
     with contextlib.ExitStack() as stack:
         while innermost_level() > level:
             stack.enter_context(pyfunctorch.temporarily_pop_interpreter_stack())
-        if level and not any(map(_is_jvp, (_interpreters() or ())[-1:])):
+        if level and not any(i.key() == _JVP for i in (_interpreters() or ())[-1:]):
             return False
         # Out of sight of the modes that watch a function: each would ask this again.
         with forward_ad_enabled(), torch._C.DisableTorchFunction():

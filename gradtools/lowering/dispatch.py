@@ -127,7 +127,7 @@ class Lowered:
     @boundary.unseen
     def run_entries(self, entries: tuple[Any, ...]) -> Any:
         """Call the rule with bound arguments."""
-        moving = torch_compat.tangents_move()
+        moving = torch_compat.forward_ad_active(within_forward=False)
         transformed = moving or torch_compat.transforms_active()
         leaves, spec = flatten_entries(entries)
         if self.rule.autocast is not None and torch_compat.autocast_enabled():
