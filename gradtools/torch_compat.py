@@ -26,16 +26,17 @@ from torch.autograd.function import _SingleLevelFunction
 from torch.autograd.graph import _engine_run_backward
 
 __all__ = [
-    "AtOneLevel", "GradLevel", "VmapLevel", "apply_of", "attention_by_operators",
-    "autocast_devices", "autocast_enabled", "bytes_of_gradients",
-    "call_backward_directly", "clean_autograd", "dual_level", "dual_level_announced",
-    "dual_level_holder", "fake_tensors", "forward_ad_active", "forward_ad_enabled",
+    "AtOneLevel", "GradLevel", "VmapLevel", "apply_of", "asks_for_values",
+    "attention_by_operators", "autocast_devices", "autocast_enabled",
+    "bytes_of_gradients", "call_backward_directly", "clean_autograd", "dispatch_modes",
+    "dual_level", "dual_level_announced", "dual_level_holder",
+    "fake_tensors", "forward_ad_active", "forward_ad_enabled", "function_modes",
     "graph_is_kept", "has_tangent", "hint", "innermost_level", "innermost_transform",
     "is_at_open_level", "is_being_differentiated", "is_differentiated", "is_fake",
-    "is_foreign_subclass", "is_view", "is_view_of", "is_wrapped", "keep",
-    "only_reverse_and_vmap", "order", "plain", "primal_of", "put_back",
+    "is_foreign_subclass", "is_intercepted", "is_view", "is_view_of", "is_wrapped",
+    "keep", "only_reverse_and_vmap", "order", "plain", "primal_of", "put_back",
     "requires_grad_at_any_level", "run_backward", "tangent_of", "transforms_active",
-    "unwrap_if_dead", "unwrapped_to", "vmap_flat",
+    "unwrap_if_dead", "unwrapped_to", "version_of", "vmap_flat",
 ]  # fmt: skip
 
 transforms_active: Callable[[], bool] = torch._C._are_functorch_transforms_active
@@ -448,3 +449,48 @@ def keep(tensor: torch.Tensor) -> Callable[[], torch.Tensor]:
     with torch.enable_grad():
         out: Any = _Keep.apply(tensor)
     return lambda: out.grad_fn.saved_tensors[0]  # the node lives as long as its output
+
+
+# Who looks on when torch computes, and what has no memory of its own.
+
+dispatch_modes: Callable[[], int] = torch._C._len_torch_dispatch_stack
+"""How many modes see every operation: in a trace at least one."""
+
+function_modes: Callable[[], int] = torch._C._len_torch_function_stack
+"""How many modes see every call of a function of torch's."""
+
+_USUAL = (torch.Tensor, torch.nn.Parameter)
+
+
+def is_intercepted(tensors: Sequence[torch.Tensor]) -> bool:
+    """Whether tensors have no memory of their own, or a mode wants to see operations.
+
+    True in traces (fake tensors), under transforms, for meta tensors and DTensors.
+    """
+    if dispatch_modes():
+        return True
+    for tensor in tensors:
+        if (
+            is_wrapped(tensor)
+            or tensor.is_meta
+            or (type(tensor) not in _USUAL and is_foreign_subclass(tensor))
+        ):
+            return True
+    return False
+
+
+def version_of(tensor: torch.Tensor) -> int:
+    """Return how often torch has edited a tensor in place; 0 where nobody counts."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def asks_for_values(error: Exception) -> bool:
+    """Whether code has raised because tensors of a trace have no values."""
+    return type(error).__name__ in _ASKS_FOR_VALUES  # two of them are slow to import
+
+
+_ASKS_FOR_VALUES = {
+    "DataDependentOutputException",
+    "DynamicOutputShapeException",
+    "GuardOnDataDependentSymNode",
+}

@@ -30,8 +30,9 @@ from gradtools.lowering import (
     functions,
     nondiff,
 )
-from gradtools.lowering.flat import Plan, autocast_state, noted
+from gradtools.lowering.flat import Plan
 from gradtools.lowering.state import Checks, State
+from gradtools.lowering.user_code import autocast_state, noted
 from gradtools.probing import moment
 from gradtools.rules.rule import Rule
 from gradtools.rules.signature import (
@@ -154,6 +155,9 @@ class Lowered:
             needs = nondiff.without(self.rule, needs, leaves, entries)
         if not any(needs):
             return self.run_primal(leaves, spec, entries, transformed)
+        if boundary.is_exporting() and not transformed:  # without Dynamo: strict=False
+            boundary.warn_of_export(self.rule.name)
+            return self.rule.parameters.call(self.rule.fun, entries)
         order = torch_compat.order(leaves) if transformed else 1
         plan = self.plan(leaves, spec, entries, needs, moving, order)
         if plan.state.watched and self.owes(leaves):

@@ -16,17 +16,18 @@ from typing import Any, Protocol
 import torch
 
 from gradtools import torch_compat
-from gradtools.errors import GradtoolsError
 from gradtools.lowering import captures, contents, contract, forward_mode
+from gradtools.lowering.cotangents import fitted
 from gradtools.lowering.replay import is_traced, random_state, replayed, same
 from gradtools.lowering.residuals import Layout, lay_out, opaque_objects
 from gradtools.lowering.state import Checks, State
+from gradtools.lowering.user_code import noted, under_policy
 from gradtools.probing import probing
 from gradtools.rules.rule import Rule
 from gradtools.rules.signature import CallSignature
 from gradtools.trees import Structure
 
-__all__ = ["Lowerable", "Plan", "autocast_state", "noted", "under_policy"]
+__all__ = ["Lowerable", "Plan"]
 
 Tensors = Sequence[torch.Tensor]
 Optional = Sequence[torch.Tensor | None]
@@ -199,6 +200,7 @@ class Plan:
             extra["needs"] = self.signature.needs_tree(self.signature.needs)
         try:
             function: Any = rule.fun if is_fun else rule.fwd
+            function = under_policy(function, self.policy, self.checks)
             returned = parameters.call(function, entries, **extra)
         except Exception as error:
             noted(error, rule, "fun" if is_fun else "fwd")
@@ -251,9 +253,7 @@ class Plan:
                 (*layout.residuals.constants.values(), *_inside(layout.opaque)),
             )
         cast = bool(self.autocast) or self.rule.autocast is not None
-        return contract.cotangents(
-            self.rule, self.signature, returned, cast=cast, leading=leading
-        )
+        return fitted(self.rule, self.signature, returned, cast=cast, leading=leading)
 
     def call_bwd(
         self, layout: Layout, kept: Tensors, cotangents: Optional, needs: Sequence[bool]
@@ -433,41 +433,3 @@ class Plan:
 def _inside(objects: Iterable[Any]) -> list[torch.Tensor]:
     """Return the tensors inside opaque objects."""
     return [tensor for value in objects for _, tensor in contents.hidden_tensors(value)]
-
-
-def noted(error: Exception, rule: Rule, role: str) -> None:
-    """Say on an exception of the user's code whose it is; it goes on as it is."""
-    if isinstance(error, GradtoolsError):
-        return
-    note = f"raised in {rule.which(role)} of the rule {rule.where}"
-    level = torch_compat.innermost_transform()
-    if rule.vmap == "auto" and isinstance(level, torch_compat.VmapLevel):
-        note += '; code that vmap cannot enter takes custom_vjp(vmap="sequential")'
-    error.add_note(note)
-
-
-def under_policy(bwd: Any, policy: str, checks: Checks | None) -> Any:
-    """Return a bwd that runs under the policy of the gradient check at the call.
-
-    It may call rules, on a thread of autograd's, which does not see the caller's
-    context. "first", where no check is left, needs nothing.
-    """
-    if policy == "first" or checks is None:
-        return bwd
-
-    def under(*args: Any, **kwargs: Any) -> Any:
-        with checks.under(policy):
-            return bwd(*args, **kwargs)
-
-    return under
-
-
-def autocast_state(devices: Sequence[str]) -> tuple[tuple[str, torch.dtype], ...]:
-    """Return the device types under autocast, each with its dtype."""
-    if not torch_compat.autocast_enabled():
-        return ()
-    return tuple(
-        (device, torch.get_autocast_dtype(device))
-        for device in devices
-        if torch.is_autocast_enabled(device)
-    )

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from gradtools import torch_compat, torch_modes, trees
+from gradtools import torch_compat, trees
 from gradtools.errors import DefinitionError, TransformError, Violation
 from gradtools.gradcheck.policy import current_policy
 from gradtools.lowering.boundary import call_kernel, is_tracing, register
@@ -81,7 +81,7 @@ class Kernel:
         """Call the kernel with bound arguments, by itself or as an operator."""
         leaves, spec = flatten_entries(tuple(entries))
         tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
-        if torch_modes.is_intercepted(tensors):
+        if torch_compat.is_intercepted(tensors):
             self.refuse_wrapped(tensors)
             self.refuse_arguments(leaves, spec)
             return self.operators.call(leaves, spec)

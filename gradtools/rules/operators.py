@@ -18,7 +18,7 @@ from typing import Any, Protocol
 
 import torch
 
-from gradtools import torch_compat, torch_modes, trees
+from gradtools import torch_compat, trees
 from gradtools.errors import DefinitionError, TransformError
 from gradtools.rules.rule import place
 from gradtools.rules.signature import Parameters
@@ -278,7 +278,7 @@ def _promised(kernel: Opaque, leaves: Sequence[Any], spec: trees.Spec | None) ->
     try:
         return kernel.like(_entries(bare, spec))
     except Exception as error:
-        if not torch_modes.asks_for_values(error):
+        if not torch_compat.asks_for_values(error):
             raise
         raise DefinitionError(
             f"{kernel.name}: out= needs the values of its arguments, and in a trace "

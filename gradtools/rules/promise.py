@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from gradtools import torch_compat, torch_modes, trees
+from gradtools import torch_compat, trees
 from gradtools.errors import CapturedTensorError, ForwardContractError, Violation
 from gradtools.lowering.contract import describe
 from gradtools.probing import is_checking
@@ -82,7 +82,7 @@ class Call:
         self.spec = spec
         self.given = given
         self.promise = promise
-        self.versions = [torch_modes.version_of(tensor) for tensor in given]
+        self.versions = [torch_compat.version_of(tensor) for tensor in given]
         self.values_are_kept = False
 
     def keep_values(self) -> None:
@@ -118,9 +118,9 @@ class Call:
                 self.refuse_captured()
         self.verify_memory(flat)
         for tensor, version in zip(self.given, self.versions, strict=True):
-            if torch_modes.version_of(tensor) != version:
+            if torch_compat.version_of(tensor) != version:
                 self.refuse_edits()
-        if torch_modes.function_modes():
+        if torch_compat.function_modes():
             # What a foreign library makes is unknown to those who watch.
             flat = [value.detach() for value in flat]
         return flat
@@ -217,7 +217,7 @@ class Call:
             zip(self.given, self.versions, strict=True)
         ):
             old = self.copies[number] if self.values_are_kept else None
-            is_new = torch_modes.version_of(tensor) != version
+            is_new = torch_compat.version_of(tensor) != version
             if is_new or (old is not None and not _same(tensor, old)):
                 edited.append(names[number])
                 if old is not None:

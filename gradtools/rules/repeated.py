@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from gradtools import torch_compat, torch_modes
+from gradtools import torch_compat
 from gradtools.gradcheck.policy import chosen, current_policy
 from gradtools.rules.promise import Promise
 
@@ -52,7 +52,7 @@ def repeated(
     count, function = len(expected), kernel.function
     (out_shape, out_dtype, out_device), note = promise.metas[0], kernel.noted
     tensor_type, policy = torch.Tensor, chosen.get
-    modes, is_watched = torch_modes.dispatch_modes, torch_modes.function_modes
+    modes, is_watched = torch_compat.dispatch_modes, torch_compat.function_modes
     is_wrapped = torch_compat.is_wrapped
 
     def call(args: tuple[Any, ...], needs_gradient: bool) -> Any:  # noqa: PLR0912

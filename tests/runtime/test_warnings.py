@@ -162,9 +162,22 @@ def exported():
     return here(), torch.export.export(layer, (x,), strict=True)
 
 
+def exported_without_dynamo():
+    rule = fresh()
+
+    class Layer(torch.nn.Module):
+        def forward(self, x):
+            return here(), rule(x)
+
+    x = torch.ones(2, requires_grad=True)
+    program = torch.export.export(Layer(), (x,), strict=False)
+    return program.module()(x)
+
+
 OURS = ("gradtools did not check", "torch.export keeps")
 CASES = [direct, by_keyword, method, nested, full_check, in_a_thread, meta_in_vmap]
 CASES += [meta_in_grad, in_backward, compiled, exported]
+CASES += [exported_without_dynamo]
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.__name__)
