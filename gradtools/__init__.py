@@ -27,13 +27,13 @@ from gradtools.rules.lift import lift
 from gradtools.rules.rule import Approximate, Exact, Surrogate
 from gradtools.second_order.cg import cg
 from gradtools.second_order.check import check_second_order
+from gradtools.second_order.curvature import ggnvp_fn, hvp_fn
 from gradtools.second_order.directional import jvp, linearize, vjp
 from gradtools.second_order.eigenvalues import hessian_eigs
 from gradtools.second_order.estimators import hessian_diag, hessian_trace
 from gradtools.second_order.functional import functional
 from gradtools.second_order.implicit import custom_fixed_point, custom_root
 from gradtools.second_order.linear import linear_solve
-from gradtools.second_order.operators import ggnvp_fn, hvp_fn
 from gradtools.second_order.products import ggnvp, hvp, vhp
 from gradtools.second_order.transforms import (
     grad,

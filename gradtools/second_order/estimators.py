@@ -8,7 +8,8 @@ from typing import Any, Literal, NamedTuple
 import torch
 
 from gradtools.errors import DefinitionError
-from gradtools.second_order.operators import CurvatureOperator, hvp_fn
+from gradtools.second_order.curvature import hvp_fn
+from gradtools.second_order.operators import CurvatureOperator
 from gradtools.second_order.primals import Argnums
 from gradtools.tables import as_html
 
