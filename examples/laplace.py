@@ -50,12 +50,8 @@ def main():
     estimate = gt.hessian_diag(
         f, params, method="hutchinson", samples=400, generator=generator
     )
-    off = torch.cat(
-        [
-            ((estimate.value[key] - exact[key]) / estimate.stderr[key]).flatten()
-            for key in params
-        ]
-    )
+    parts = ((estimate.value[k] - exact[k]) / estimate.stderr[k] for k in params)
+    off = torch.cat([part.flatten() for part in parts])
     # a diagonal entry may be small or below zero where the mode is not quite reached
     deviation = {k: d.clamp(min=1 / PRIOR**2).rsqrt() for k, d in exact.items()}
 

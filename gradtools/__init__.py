@@ -14,6 +14,7 @@ from gradtools.probing import is_checking
 from gradtools.rules.convert import closure_convert
 from gradtools.rules.custom_jvp import custom_jvp
 from gradtools.rules.custom_vjp import custom_vjp
+from gradtools.rules.external import external
 from gradtools.rules.identities import (
     clip_grad,
     grad_map,
@@ -22,16 +23,17 @@ from gradtools.rules.identities import (
     stop_gradient,
     straight_through,
 )
+from gradtools.rules.lift import lift
 from gradtools.rules.rule import Approximate, Exact, Surrogate
 from gradtools.second_order.cg import cg
 from gradtools.second_order.check import check_second_order
+from gradtools.second_order.curvature import ggnvp_fn, hvp_fn
 from gradtools.second_order.directional import jvp, linearize, vjp
 from gradtools.second_order.eigenvalues import hessian_eigs
 from gradtools.second_order.estimators import hessian_diag, hessian_trace
 from gradtools.second_order.functional import functional
 from gradtools.second_order.implicit import custom_fixed_point, custom_root
 from gradtools.second_order.linear import linear_solve
-from gradtools.second_order.operators import ggnvp_fn, hvp_fn
 from gradtools.second_order.products import ggnvp, hvp, vhp
 from gradtools.second_order.transforms import (
     grad,
@@ -41,6 +43,7 @@ from gradtools.second_order.transforms import (
     value_and_grad,
     vmap,
 )
+from gradtools.spelling import publish as _publish
 
 __all__ = [
     "Approximate",
@@ -61,6 +64,7 @@ __all__ = [
     "custom_jvp",
     "custom_root",
     "custom_vjp",
+    "external",
     "functional",
     "ggnvp",
     "ggnvp_fn",
@@ -77,6 +81,7 @@ __all__ = [
     "jacfwd",
     "jacrev",
     "jvp",
+    "lift",
     "linear_solve",
     "linearize",
     "reverse_grad",
@@ -90,6 +95,4 @@ __all__ = [
 ]
 __version__ = "0.1.0"
 
-for _name in __all__:  # in tracebacks and pickles they stand where they are found
-    if globals()[_name].__module__.startswith(__name__):  # vmap is torch.func's own
-        globals()[_name].__module__ = __name__
+_publish(__name__, globals())

@@ -36,6 +36,7 @@ from gradtools.errors import GradtoolsError
 from gradtools.gradcheck.report import Evidence, Outcome, Report, write_page
 from gradtools.rules.custom_vjp import StatedRule
 from gradtools.rules.methods import BoundRule
+from gradtools.spelling import suggestion
 
 __all__ = ["main"]
 
@@ -52,7 +53,10 @@ def main(argv: list[str] | None = None) -> int:
         The exit status, see the module.
     """
     parser = _parser()
-    options = parser.parse_args(argv)
+    options, unknown = parser.parse_known_args(argv)
+    if unknown:
+        fix = suggestion(unknown[0].partition("=")[0], ("--html", "--help"))
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}. {fix}")
     if options.command is None:
         parser.print_help()
         return USAGE
@@ -199,7 +203,10 @@ def _named(module: ModuleType, name: str) -> list[Found]:
     value: Any = module
     for part in name.split("."):
         if not hasattr(value, part):
-            raise _UsageError(f"{module.__name__} has no {name}")
+            known = [path for path, _ in _stated_in(module)]
+            raise _UsageError(
+                f"{module.__name__} has no {name}. {suggestion(name, known)}"
+            )
         value = getattr(value, part)
     if isinstance(value, BoundRule):
         value = value.rule

@@ -40,6 +40,15 @@ class GradtoolsError(Exception):
         function: Name and place of the user's function that is to blame, or ``None``.
         violations: Every place that is wrong, as :class:`.Violation`.
         fix: What to do about it.
+
+    Example:
+        >>> try:
+        ...     gt.hvp(torch.sum, torch.ones(2), torch.ones(2), mdoe="auto")
+        ... except gt.GradtoolsError as error:
+        ...     print(error.what)
+        ...     print(error.fix)
+        hvp() got an unexpected keyword argument 'mdoe'
+        Did you mean 'mode'?
     """
 
     def __init__(
@@ -85,22 +94,62 @@ def _rebuild(
 
 
 class DefinitionError(GradtoolsError, TypeError):
-    """A rule, or a call of it, that cannot mean anything."""
+    """A rule, or a call of it, that cannot mean anything.
+
+    Example:
+        >>> try:
+        ...     gt.gradcheck_policy("sometimes")
+        ... except gt.DefinitionError as error:
+        ...     print(error.fix)
+        Use "first" (check at first use), "always" (at every call) or "off".
+    """
 
 
 class CapturedTensorError(DefinitionError):
     """A tensor that needs a gradient reaches a rule past its arguments.
 
     torch would give it no gradient, silently.
+
+    Example:
+        >>> weight = torch.tensor(2.0, requires_grad=True)
+        >>> @gt.custom_vjp
+        ... def scaled(x):
+        ...     return weight * x
+        >>> _ = scaled.def_bwd(lambda residuals, g: weight * g)
+        >>> try:
+        ...     scaled(torch.ones(2, requires_grad=True))
+        ... except gt.CapturedTensorError as error:
+        ...     print(error.violations[0].where)
+        a tensor of shape () that is no argument
     """
 
 
 class ForwardContractError(GradtoolsError, TypeError):
-    """What a forward function or a jvp rule returned does not fit."""
+    """What a forward function or a jvp rule returned does not fit.
+
+    Example:
+        >>> double = gt.custom_vjp(lambda x: 2 * x)
+        >>> double.defvjp(lambda x: 2 * x, lambda residuals, g: 2 * g)
+        >>> try:
+        ...     double(torch.ones(2, requires_grad=True))
+        ... except gt.ForwardContractError as error:
+        ...     print(error.fix)
+        Return (output, residuals); with nothing to keep, return (output, ()).
+    """
 
 
 class BackwardContractError(GradtoolsError, TypeError):
-    """What a backward function returned does not fit the arguments."""
+    """What a backward function returned does not fit the arguments.
+
+    Example:
+        >>> total = gt.custom_vjp(lambda x: x.sum())
+        >>> _ = total.def_bwd(lambda residuals, g: g)  # a scalar for two numbers
+        >>> try:
+        ...     total(torch.ones(2, requires_grad=True)).backward()
+        ... except gt.BackwardContractError as error:
+        ...     print(error.violations[0].where, error.violations[0].expected)
+        args.x a tensor of shape (2,), float32, cpu
+    """
 
 
 class GradientMismatchError(GradtoolsError, GradcheckError):
@@ -108,11 +157,31 @@ class GradientMismatchError(GradtoolsError, GradcheckError):
 
     Attributes:
         kind: What the mistake looks like, in a word: ``"sign"``, ``"factor"``, ...
+
+    Example:
+        >>> square = gt.custom_vjp(lambda x: x**2)
+        >>> square.defvjp(lambda x: (x**2, x), lambda x, g: -2 * x * g)
+        >>> try:
+        ...     square(torch.ones(2, requires_grad=True))
+        ... except gt.GradientMismatchError as error:
+        ...     print(error.kind)
+        sign
     """
 
-    def __init__(self, what: str, *, kind: str = "unknown", **parts: Any) -> None:
+    def __init__(
+        self,
+        what: str,
+        *,
+        kind: str = "unknown",
+        rule: str | None = None,
+        function: str | None = None,
+        violations: Sequence[Violation] = (),
+        fix: str | None = None,
+    ) -> None:
         self.kind = kind
-        super().__init__(what, **parts)
+        super().__init__(
+            what, rule=rule, function=function, violations=violations, fix=fix
+        )
 
     def __reduce__(self) -> tuple[Any, ...]:
         rebuild, parts = super().__reduce__()
@@ -126,4 +195,13 @@ def _rebuild_with_kind(kind: str, rebuild: Any, parts: tuple[Any, ...]) -> Any:
 
 
 class TransformError(GradtoolsError, RuntimeError):
-    """A transform was asked of a rule that cannot serve it."""
+    """A transform was asked of a rule that cannot serve it.
+
+    Example:
+        >>> x = torch.ones(2)
+        >>> try:  # a clip is not linear: nothing can be transposed
+        ...     torch.func.jvp(lambda x: gt.clip_grad(x, -1, 1), (x,), (x,))
+        ... except gt.TransformError as error:
+        ...     print(error.fix)
+        State the forward mode with def_jvp, or use reverse mode only.
+    """

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator
 
 __all__ = ["is_checking", "moment", "plainly", "probing"]
 
@@ -23,19 +23,26 @@ def is_checking() -> bool:
     """Return whether the calling code runs inside a check of gradtools.
 
     A rule is run a few more times when it is first used. Code with a side effect asks
-    here, so that a log prints once per real call::
+    here, so that a log prints once per real call.
 
-        @rule.def_fwd
-        def _(x):
-            if not gt.is_checking():
-                print("called with", tuple(x.shape))
-            return x * 2, ()
+    Example:
+        >>> @gt.custom_vjp
+        ... def double(x):
+        ...     return 2 * x
+        >>> @double.def_fwd
+        ... def _(x):
+        ...     if not gt.is_checking():
+        ...         print("called with", tuple(x.shape))
+        ...     return 2 * x, ()
+        >>> _ = double.def_bwd(lambda residuals, g: 2 * g)
+        >>> double(torch.ones(2, requires_grad=True)).sum().backward()
+        called with (2,)
     """
     return moment.value > 0
 
 
 @contextlib.contextmanager
-def probing() -> Iterator[None]:
+def probing() -> Generator[None]:
     """Mark what runs inside as part of a check."""
     moment.value += 1
     try:
@@ -45,7 +52,7 @@ def probing() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def plainly() -> Iterator[None]:
+def plainly() -> Generator[None]:
     """Run functions without the rules inside: their derivatives are not in question."""
     before, moment.is_plain = moment.is_plain, True
     try:

@@ -140,4 +140,4 @@ def _set_variable(value: str | None) -> None:
         os.environ.pop(VARIABLE, None)
     else:
         os.environ[VARIABLE] = value
-    policy._from_environment.cache_clear()
+    policy.from_environment.cache_clear()

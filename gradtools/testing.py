@@ -21,6 +21,7 @@ from gradtools.rules.custom_vjp import StatedRule, custom_vjp
 from gradtools.rules.methods import BoundRule
 from gradtools.rules.rule import Exact
 from gradtools.rules.signature import is_differentiable
+from gradtools.spelling import publish
 
 __all__ = ["check_grads", "check_transforms"]
 
@@ -187,3 +188,6 @@ def _gradient_of(f: Callable[..., Any]) -> Callable[..., Any]:
 
     gradient.__name__ = f"gradient of {getattr(f, '__name__', type(f).__name__)}"
     return gradient
+
+
+publish(__name__, globals())

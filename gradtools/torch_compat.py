@@ -1,14 +1,14 @@
-"""Everything that gradtools takes from torch by a private name, and what differs.
+"""What gradtools takes from torch by a private name, and what differs in 2.11 to 2.15.
 
-torch 2.11 to 2.15 are supported. A name used here says what it stands for, so that a
-change upstream has one place to be answered.
+A name says what it stands for, so that a change upstream has one place to be answered.
 """
 
+# pyright: reportPrivateUsage=false
 from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -23,18 +23,20 @@ from torch._functorch.vmap import vmap_increment_nesting
 from torch._subclasses import fake_tensor
 from torch.autograd import forward_ad
 from torch.autograd.function import _SingleLevelFunction
+from torch.autograd.graph import _engine_run_backward
 
 __all__ = [
-    "AtOneLevel", "GradLevel", "VmapLevel", "apply_of", "attention_by_operators",
-    "autocast_devices", "autocast_enabled", "bytes_of_gradients",
-    "call_backward_directly", "clean_autograd", "dual_level", "dual_level_announced",
-    "dual_level_holder", "fake_tensors", "forward_ad_active", "forward_ad_enabled",
+    "AtOneLevel", "GradLevel", "VmapLevel", "apply_of", "asks_for_values",
+    "attention_by_operators", "autocast_devices", "autocast_enabled",
+    "bytes_of_gradients", "call_backward_directly", "clean_autograd", "dispatch_modes",
+    "dual_level", "dual_level_announced", "dual_level_holder",
+    "fake_tensors", "forward_ad_active", "forward_ad_enabled", "function_modes",
     "graph_is_kept", "has_tangent", "hint", "innermost_level", "innermost_transform",
     "is_at_open_level", "is_being_differentiated", "is_differentiated", "is_fake",
-    "is_foreign_subclass", "is_view", "is_view_of", "is_wrapped", "keep",
-    "only_reverse_and_vmap", "order", "plain", "primal_of", "put_back",
-    "requires_grad_at_any_level", "tangent_of", "transforms_active", "unwrap_if_dead",
-    "unwrapped_to", "vmap_flat",
+    "is_foreign_subclass", "is_intercepted", "is_view", "is_view_of", "is_wrapped",
+    "keep", "only_reverse_and_vmap", "order", "plain", "primal_of", "put_back",
+    "requires_grad_at_any_level", "run_backward", "tangent_of", "transforms_active",
+    "unwrap_if_dead", "unwrapped_to", "version_of", "vmap_flat",
 ]  # fmt: skip
 
 transforms_active: Callable[[], bool] = torch._C._are_functorch_transforms_active
@@ -61,9 +63,9 @@ def unwrapped_to(level: int, tensor: torch.Tensor) -> Iterator[torch.Tensor]:
 is_wrapped: Callable[[torch.Tensor], bool] = _functorch.is_functorch_wrapped_tensor
 """Whether a tensor belongs to a torch.func transform."""
 
+run_backward: Callable[..., Any] = _engine_run_backward  # without a check of shapes
 graph_is_kept: Callable[[], bool] = _autograd._get_current_graph_task_keep_graph
 """Inside a backward: whether the user asked for ``retain_graph``."""
-
 
 _interpreters: Callable[[], Any] = _functorch.get_interpreter_stack
 _JVP = _functorch.TransformType.Jvp
@@ -90,12 +92,12 @@ def apply_of(function: type[torch.autograd.Function]) -> Callable[..., Any]:
 
     It is what ``Function.apply`` calls when it has found that out anew.
     """
-    return super(torch.autograd.Function, function).apply  # type: ignore[misc]
+    return getattr(super(torch.autograd.Function, function), "apply")  # noqa: B009
 
 
 def call_backward_directly(function: type[torch.autograd.Function]) -> None:
     """Have the engine call ``function.backward`` without a search for it each time."""
-    node: Any = function._backward_cls  # type: ignore[attr-defined]
+    node: Any = function._backward_cls
     node.apply = function.backward
     node.astray = False  # until a forward says otherwise
 
@@ -110,7 +112,7 @@ def dual_level() -> int:
 
 
 @contextlib.contextmanager
-def dual_level_announced(is_open: bool) -> Iterator[None]:
+def dual_level_announced(is_open: bool) -> Generator[None]:
     """Let Python know of a forward-mode level that a compiled graph has opened."""
     before = forward_ad._current_level
     if is_open and before < 0:
@@ -140,7 +142,7 @@ def is_being_differentiated() -> bool:
 
 
 @contextlib.contextmanager
-def forward_ad_enabled() -> Iterator[None]:
+def forward_ad_enabled() -> Generator[None]:
     """Compute tangents again where a Function's jvp has them switched off.
 
     Without it the outer of two nested forward modes sees constants (pytorch#197867).
@@ -308,7 +310,7 @@ is_fake: Callable[[torch.Tensor], bool] = fake_tensor.is_fake
 
 
 @contextlib.contextmanager
-def fake_tensors() -> Iterator[Callable[[Any], Any]]:
+def fake_tensors() -> Generator[Callable[[Any], Any]]:
     """Compute with shapes alone; gives the function that makes such tensors."""
 
     def fake(leaf: Any) -> Any:
@@ -385,7 +387,7 @@ def autocast_devices() -> list[str]:
 
 
 @contextlib.contextmanager
-def clean_autograd() -> Iterator[None]:
+def clean_autograd() -> Generator[None]:
     """Run as at the top level of a script: no inference mode, no hooks, no autocast."""
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
@@ -397,11 +399,11 @@ def clean_autograd() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _without_saved_tensors_hooks() -> Iterator[None]:
+def _without_saved_tensors_hooks() -> Generator[None]:
     """Take the caller's hooks away for a while (torch.func refuses to run under)."""
     hooks: list[Any] = []
     try:
-        while (top := _autograd._top_saved_tensors_default_hooks(True)) is not None:
+        while top := _autograd._top_saved_tensors_default_hooks(True):
             hooks.append(top)
             _autograd._pop_saved_tensors_default_hooks()
         yield
@@ -447,3 +449,48 @@ def keep(tensor: torch.Tensor) -> Callable[[], torch.Tensor]:
     with torch.enable_grad():
         out: Any = _Keep.apply(tensor)
     return lambda: out.grad_fn.saved_tensors[0]  # the node lives as long as its output
+
+
+# Who looks on when torch computes, and what has no memory of its own.
+
+dispatch_modes: Callable[[], int] = torch._C._len_torch_dispatch_stack
+"""How many modes see every operation: in a trace at least one."""
+
+function_modes: Callable[[], int] = torch._C._len_torch_function_stack
+"""How many modes see every call of a function of torch's."""
+
+_USUAL = (torch.Tensor, torch.nn.Parameter)
+
+
+def is_intercepted(tensors: Sequence[torch.Tensor]) -> bool:
+    """Whether tensors have no memory of their own, or a mode wants to see operations.
+
+    True in traces (fake tensors), under transforms, for meta tensors and DTensors.
+    """
+    if dispatch_modes():
+        return True
+    for tensor in tensors:
+        if (
+            is_wrapped(tensor)
+            or tensor.is_meta
+            or (type(tensor) not in _USUAL and is_foreign_subclass(tensor))
+        ):
+            return True
+    return False
+
+
+def version_of(tensor: torch.Tensor) -> int:
+    """Return how often torch has edited a tensor in place; 0 where nobody counts."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def asks_for_values(error: Exception) -> bool:
+    """Whether code has raised because tensors of a trace have no values."""
+    return type(error).__name__ in _ASKS_FOR_VALUES  # two of them are slow to import
+
+
+_ASKS_FOR_VALUES = {
+    "DataDependentOutputException",
+    "DynamicOutputShapeException",
+    "GuardOnDataDependentSymNode",
+}

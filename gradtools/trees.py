@@ -5,13 +5,18 @@ torch keeps the registry of container types in a private module, and users' own 
 no other. Everything above this module speaks of *leaves* and *structures*.
 """
 
+# pyright: reportPrivateUsage=false
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import functools
+import itertools
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch.utils import _pytree as pytree
+
+from gradtools.errors import DefinitionError
 
 __all__ = [
     "Outline",
@@ -21,12 +26,14 @@ __all__ = [
     "children",
     "flatten",
     "flatten_like",
+    "flatten_plain",
     "has_sizes",
     "is_leaf",
     "map_tensors",
     "outline",
     "paths",
     "unflatten",
+    "unflatten_plain",
     "with_sizes",
 ]
 
@@ -36,8 +43,100 @@ is_leaf: Callable[[Any], bool] = pytree.tree_is_leaf
 
 
 def unflatten(leaves: Iterable[Any], spec: Spec) -> Any:
-    """Put ``leaves`` back into the containers that ``spec`` describes."""
-    return pytree.tree_unflatten(leaves, spec)
+    """Put ``leaves`` back into the containers that ``spec`` describes.
+
+    Raises:
+        DefinitionError: A container of the user's loses a None; all of it would be
+            taken for one.
+    """
+    leaves = list(leaves)
+    tree = pytree.tree_unflatten(leaves, spec)
+    if any(leaf is None for leaf in leaves) and len(flatten(tree)[0]) != len(leaves):
+        raise DefinitionError(
+            f"a container among {_kinds(spec)} cannot hold None, which stands for what "
+            "has no derivative: an integer, or an output that was not used",
+            fix="Use a dict there, keep integers apart, or leave materialize_grads on.",
+        )
+    return tree
+
+
+def _kinds(spec: Spec) -> str:
+    """Return the names of the containers that are no plain ones."""
+    below = {name for child in spec.children() for name in [_kinds(child)] if name}
+    own = spec.type not in (None, tuple, list, dict)
+    return ", ".join(sorted(below | ({spec.type.__name__} if own else set())))
+
+
+def flatten_plain(tree: Any) -> tuple[list[Any], Spec]:
+    """Do what ``flatten`` does, in half the time for tuples, lists and dicts by name.
+
+    What torch's walk finds is remembered for each such structure.
+    """
+    leaves: list[Any] = []
+    try:
+        plan = _plan(tree, leaves)
+    except _NotPlain:
+        return pytree.tree_flatten(tree)
+    return leaves, _spec_of(plan)
+
+
+def _plan(node: Any, leaves: list[Any]) -> Hashable:
+    """Add the leaves of a tree; return its structure as something to look up."""
+    kind: Any = type(node)
+    if kind is dict:
+        names = tuple(node)
+        below = node.values()
+        if not all(type(name) is str for name in names):
+            raise _NotPlain
+    elif kind is tuple or kind is list:
+        names, below = None, node
+    elif kind is torch.Tensor or pytree.tree_is_leaf(node):
+        leaves.append(node)
+        return None
+    else:
+        raise _NotPlain
+    plans: list[Hashable] = []
+    for child in below:
+        if type(child) is torch.Tensor:
+            leaves.append(child)
+            plans.append(None)
+        else:
+            plans.append(_plan(child, leaves))
+    return kind, names, tuple(plans)
+
+
+@functools.lru_cache(maxsize=256)
+def _spec_of(plan: Any) -> Spec:
+    def tree(plan: Any) -> Any:
+        if plan is None:
+            return 0
+        kind, names, plans = plan
+        below = map(tree, plans)
+        return kind(below if names is None else zip(names, below, strict=True))
+
+    return pytree.tree_flatten(tree(plan))[1]
+
+
+def unflatten_plain(leaves: Sequence[Any], spec: Spec) -> Any:
+    """Do what :func:`unflatten` does, in a third of the time for tuples and dicts.
+
+    There must be as many leaves as the structure has.
+    """
+    return leaves[0] if spec.type is None else _filled(iter(leaves), spec)
+
+
+def _filled(rest: Iterator[Any], spec: Spec) -> Any:
+    kind = spec.type
+    if kind is not tuple and kind is not dict:
+        count = spec.num_leaves
+        return pytree.tree_unflatten(list(itertools.islice(rest, count)), spec)
+    below = [
+        next(rest) if inner.type is None else _filled(rest, inner)
+        for inner in spec.children()
+    ]
+    return (
+        tuple(below) if kind is tuple else dict(zip(spec.context, below, strict=True))
+    )
 
 
 def flatten_like(tree: Any, spec: Spec) -> list[Any]:

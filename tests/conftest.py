@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import gradtools as gt
+from gradtools.gradcheck import policy
 
 
 @pytest.fixture(autouse=True)
@@ -20,7 +21,15 @@ def _reproducible():
 
 
 @pytest.fixture
-def unchecked():
-    """Run with the gradient check off: the rules of a test are wrong on purpose."""
+def unchecked(monkeypatch):
+    """Run with the gradient check off: the rules of a test are wrong on purpose.
+
+    In the environment too: on a GPU a checkpoint runs the function again in a thread of
+    autograd's, which sees no context of the test's.
+    """
+    monkeypatch.setenv("GRADTOOLS_GRADCHECK", "off")
+    policy.from_environment.cache_clear()
     with gt.gradcheck_policy("off"):
         yield
+    monkeypatch.undo()
+    policy.from_environment.cache_clear()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, cast, get_args
 
@@ -22,6 +21,7 @@ from gradtools.gradcheck.surroundings import in_fresh_thread
 from gradtools.lowering.flat import Plan
 from gradtools.probing import is_checking
 from gradtools.rules.rule import Rule
+from gradtools.warning import warn
 
 __all__ = ["Checker", "check_now", "listeners"]
 
@@ -112,7 +112,11 @@ class Checker:
             )
         else:
             values = _plain(leaves)
-            self.ensure(plan, use, lambda: examine_batch(plan, batched, values))
+            self.ensure(
+                plan,
+                use,
+                lambda: _obstacle(values) or examine_batch(plan, batched, values),
+            )
 
     def before_deriving(self, plan: Plan, what: Any) -> None:
         """Check what is derived from bwd, on the arguments of an earlier call.
@@ -224,9 +228,7 @@ class Checker:
         """Say once that something of a rule goes unchecked."""
         if reason not in self.warned:
             self.warned.add(reason)
-            warnings.warn(
-                f"gradtools did not check the rule {rule.where}: {reason}", stacklevel=2
-            )
+            warn(f"gradtools did not check the rule {rule.where}: {reason}")
 
 
 _CROWDED = (

@@ -25,6 +25,7 @@ __all__ = ["at_other_sizes", "derivative"]
 TRIES = 3
 FACTORS = (10.0, 100.0)
 FEW = 3  # arguments that are looked at one by one, far out
+MOST_NAMES = 3  # in a question
 GROSS = 1e-3  # without differences, autograd alone convicts from here on
 COARSE = 1e-2  # differences that are known no better prove nothing
 
@@ -273,7 +274,9 @@ def _by_differences_far(trial: Trial) -> list[Evidence]:
 
 def question(trial: Trial, places: Sequence[int]) -> str:
     """Name what is asked about some arguments."""
-    names = (trial.probe.paths[place].removeprefix("args.") for place in places)
+    names = [trial.probe.paths[place].removeprefix("args.") for place in places]
+    if len(names) > MOST_NAMES + 1:  # a network has hundreds
+        names[MOST_NAMES:] = [f"{len(names) - MOST_NAMES} more"]
     return f"derivative in {', '.join(names)}"
 
 

@@ -21,7 +21,7 @@ from gradtools.gradcheck import numeric
 from gradtools.gradcheck.numeric import Comparison
 from gradtools.gradcheck.reference import Reference
 from gradtools.gradcheck.trial import Trial
-from gradtools.rules.rule import Approximate, Surrogate
+from gradtools.rules.rule import Approximate, Surrogate, place
 
 __all__ = ["Culprit", "sentence"]
 
@@ -63,15 +63,19 @@ class Culprit:
             else "not the derivative of the function"
         )
         role = "bwd"
+        function = rule.which("bwd" if rule.bwd is not None else "jvp")
+        kind, says = sentence(self)
+        fix = _FIXES.get(kind, _FIX)
         if isinstance(claimed, Surrogate):
             role = "the reference of its contract"
-        kind, says = sentence(self)
+            function = f"reference ({place(claimed.reference)})"
+            fix = _FIX_OF_REFERENCE
         return GradientMismatchError(
             f"{rule.name}: what {role} returns for {self.path} is {what}: {says}",
             rule=rule.where,
-            function=rule.which("bwd" if rule.bwd is not None else "jvp"),
+            function=function,
             violations=list(self.violations()),
-            fix=_FIXES.get(kind, _FIX),
+            fix=fix,
             kind=kind,
         )
 
@@ -114,6 +118,10 @@ _FIX = (
     "Correct bwd; if it is meant to differ, declare contract=Surrogate(...) or "
     "Approximate(...)."
 )
+_FIX_OF_REFERENCE = (
+    "Correct the reference: it is the derivative itself, what bwd was before it was "
+    "deliberately changed."
+)
 _FIXES = {
     "missing sum": "Sum over the dimensions along which the argument was broadcast: "
     "cotangent.sum_to_size(argument.shape).",
@@ -143,7 +151,7 @@ Found = tuple[str, str] | None
 
 
 def _not_finite(culprit: Culprit, reference: Reference) -> Found:
-    bad = ~torch.isfinite(reference.said)
+    bad = (~torch.isfinite(reference.said)).any(0)  # with any of the cotangents
     if not bool(bad.any()):
         return None
     return "not finite", f"{int(bad.sum())} of its numbers are NaN or infinite"
@@ -182,6 +190,8 @@ def _mean_over(culprit: Culprit, factor: float) -> int | None:
     leaf = trial.probe.leaves[culprit.place]
     shapes = [leaf.shape, *(out.shape for out in trial.outs)]
     shapes += [x.shape for x in trial.probe.leaves if isinstance(x, torch.Tensor)]
+    if leaf.dim() < 2 and len(set(shapes)) == 1:  # nothing there that could be summed
+        return None
     sizes = {size for shape in shapes for size in shape}
     sizes |= {shape[:k].numel() for shape in shapes for k in range(len(shape) + 1)}
     sizes |= {out.numel() // max(leaf.numel(), 1) for out in trial.outs}
@@ -298,6 +308,51 @@ def _term(culprit: Culprit, reference: Reference) -> Found:
     return None
 
 
+def _term_along(culprit: Culprit, reference: Reference) -> Found:
+    """Recognize an error that is a mean or a sum over a dimension, times something.
+
+    Derivatives of norms and of softmaxes consist of such terms.
+    """
+    if not reference.is_complete:
+        return None
+    shape = culprit.trial.probe.leaves[culprit.place].shape
+    error = reference.said - reference.right
+    error = error.reshape(len(error), *shape)
+    for dim in range(1, error.dim()):
+        if error.shape[dim] < 3 or error.numel() < 6:
+            continue
+        for name, known in _factors(culprit, reference):
+            factor = (
+                torch.ones_like(error) if known is None else known.reshape_as(error)
+            )
+            square = numeric.products(factor, factor).sum(dim, keepdim=True)
+            share = (factor.conj() * error).sum(dim, keepdim=True)
+            if _close(torch.where(square > 0, share / square, 0) * factor, error):
+                return "term", (
+                    "a term is missing, or there is one too many, or it has the wrong "
+                    f"sign: along dimension {dim - 1} it is {name}"
+                )
+    return None
+
+
+def _factors(
+    culprit: Culprit, reference: Reference
+) -> Iterator[tuple[str, torch.Tensor | None]]:
+    """Yield what an error may be proportional to along a dimension, with names."""
+    yield "constant, as a mean or a sum is", None
+    run, count = culprit.trial.run, len(reference.said)
+    for number, kept in enumerate(run.kept):
+        if kept.shape == reference.leaf.shape and kept.dtype == reference.leaf.dtype:
+            source = run.layout.kept[number]
+            if source.kind == "input":
+                name = run.probe.paths[source.number]
+            else:
+                name = "the output" if source.kind == "output" else f"residual {number}"
+            yield f"proportional to {name}", reference.sampled([kept] * count)
+    for name, known in _quantities(culprit, reference):
+        yield f"proportional to {name}", known
+
+
 def _quantities(
     culprit: Culprit, reference: Reference
 ) -> Iterator[tuple[str, torch.Tensor]]:
@@ -333,6 +388,7 @@ _KINDS: Sequence[Callable[[Culprit, Reference], Found]] = (
     _rearranged,
     _unsummed,
     _term,
+    _term_along,
 )
 
 

@@ -79,7 +79,7 @@ def _tangents(run: Run, moves: numeric.Moves) -> Sequence[torch.Tensor | None]:
     probe, plan = run.probe, run.probe.plan
     tangents = [moves.get(place) for place in range(len(probe.leaves))]
     if plan.rule.jvp is not None:
-        return plan.jvp(run.layout, probe.leaves, tangents, run.outs)
+        return plan.jvp(run.layout, probe.leaves, tangents, run.outs, run.kept)
     return transposed(plan, run.layout, run.kept, run.outs, tangents)
 
 

@@ -10,7 +10,13 @@ from typing import Any, Literal, get_args
 
 from gradtools.errors import DefinitionError
 
-__all__ = ["Policy", "chosen", "current_policy", "gradcheck_policy"]
+__all__ = [
+    "Policy",
+    "chosen",
+    "current_policy",
+    "from_environment",
+    "gradcheck_policy",
+]
 
 Policy = Literal["first", "always", "off"]
 
@@ -20,11 +26,12 @@ chosen: ContextVar[Policy | None] = ContextVar("gradcheck_policy", default=None)
 
 def current_policy() -> Policy:
     """Return the policy in force: the innermost context's, else the environment's."""
-    return chosen.get() or _from_environment()
+    return chosen.get() or from_environment()
 
 
 @functools.cache
-def _from_environment() -> Policy:
+def from_environment() -> Policy:
+    """Return the policy that the environment asks for."""
     return _valid(os.environ.get(_VARIABLE, "first"), f"the environment's {_VARIABLE}")
 
 

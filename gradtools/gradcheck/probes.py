@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -136,10 +136,18 @@ def in_double(probe: Probe) -> Probe:
     )
 
 
-def moved_off_kinks(probe: Probe, generator: torch.Generator) -> Probe:
-    """Return the probe with every differentiable number moved by some 0.1 permille."""
+def moved_off_kinks(
+    probe: Probe, generator: torch.Generator, places: Iterable[int] | None = None
+) -> Probe:
+    """Return the probe with every number moved by some 0.1 permille.
+
+    Args:
+        probe: The probe.
+        generator: Where the moves are drawn from.
+        places: Which leaves to move: by default those that need a gradient.
+    """
     moved = {}
-    for place in probe.places:
+    for place in probe.places if places is None else places:
         leaf = probe.leaves[place]
         noise = torch.rand(
             leaf.shape,

@@ -6,6 +6,7 @@ gradient, and a bwd that draws random numbers differs from one call to the next.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 
 from gradtools.errors import GradientMismatchError, Violation
-from gradtools.gradcheck import numeric
+from gradtools.gradcheck import numeric, probes
 from gradtools.gradcheck.agreement import agreement
 from gradtools.gradcheck.probes import Probe
 from gradtools.gradcheck.report import Evidence
@@ -41,7 +42,7 @@ class First:
 def first_run(
     subject: Subject, probe: Probe, *, watch: bool = True
 ) -> tuple[First, list[Evidence]]:
-    """Run fun once, fwd and bwd twice; raise where they are not pure.
+    """Run fun once, fwd thrice, bwd twice; raise where they are not pure.
 
     Whether fwd agrees with fun is seen on the way, and tensors that reach fwd or bwd
     past the arguments are looked for as well, with ``watch``.
@@ -69,15 +70,45 @@ def first_run(
         [*_names(run, paths), *places[len(run.kept) :]],
     )
     subject.is_settled = True
+    _call_elsewhere(subject, run)
     other = subject.bwd(run, cotangents, anew=True)
     for path, one, two in zip(paths, values, other, strict=True):
         if not _same([one], [two]):
+            subject.fwd(watched)
+            third = subject.bwd(run, cotangents, anew=True)
+            if _same(values, third):
+                raise _past_the_residuals(subject, path)
             raise _irreproducible(subject, "bwd", path)
     edited = ", ".join(paths[place] for place in sorted(subject.edited))
     detail = f"fun edits {edited} in place" if edited else "nothing is edited in place"
     evidence = Evidence("pure", "passed", f"{detail}; one answer")
     run = dataclasses.replace(run, probe=probe)
     return First(run, cotangents, values), [agreed, evidence]
+
+
+def _call_elsewhere(subject: Subject, run: Run) -> None:
+    """Run fwd on other arguments: a bwd that is a function does not care.
+
+    What fwd leaves in a global, in a closure or on an object is that of its last call.
+    """
+    every = [place for place, leaf in enumerate(run.probe.leaves) if floats(leaf)]
+    near = probes.moved_off_kinks(run.probe, subject.generator, every)
+    with contextlib.suppress(Exception):  # not every function takes what is near
+        subject.fwd(near)
+
+
+def _past_the_residuals(subject: Subject, path: str) -> GradientMismatchError:
+    rule = subject.rule
+    return GradientMismatchError(
+        f"{rule.name}: what bwd returns for {path} depends on which call of fwd came "
+        "last; something reaches it past the residuals",
+        rule=rule.where,
+        function=rule.which("bwd" if rule.bwd is not None else "jvp"),
+        violations=[Violation(path, "the cotangent of the call itself", "another one")],
+        fix="Return among the residuals what bwd needs, not in a global, a closure or "
+        "an attribute: the next call overwrites it, and torch sees no edits of it.",
+        kind="state",
+    )
 
 
 _WITHOUT_ARITHMETIC = (
@@ -153,7 +184,9 @@ def _unedited(
             Violation(name, "a tensor left as it is", "one with other numbers")
             for name in edited
         ],
-        fix="Compute a new tensor: x.relu() for x.relu_(), x * 2 for x.mul_(2), "
+        fix=f"Let it work on copies: lift({rule.name}, edits_in_place=True)."
+        if rule.is_lifted
+        else "Compute a new tensor: x.relu() for x.relu_(), x * 2 for x.mul_(2), "
         "torch.where for an assignment under a mask.",
         kind="in place",
     )

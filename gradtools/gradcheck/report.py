@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import numpy as np
 
 from gradtools.errors import GradtoolsError
+from gradtools.spelling import spelled
+from gradtools.tables import as_html, as_text
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -115,6 +117,7 @@ class Report:
             figures=later.figures or self.figures,
         )
 
+    @spelled
     def to_html(self, path: str | Path) -> Path:
         """Write the report, with pictures, as one file that needs no other.
 
@@ -137,18 +140,25 @@ class Report:
             f"{self.evaluations} evaluations"
         )
 
-    def __str__(self) -> str:
-        width = max((len(item.question) for item in self.evidence), default=0)
-        claim = "" if self.contract == "Exact()" else f"; contract {self.contract}"
-        lines = [
-            self.headline,
-            f"  {self.signature}{claim}",
-            *(
-                f"  {item.outcome:<11}  {item.question:<{width}}  {item.detail}"
-                for item in self.evidence
-            ),
+    @property
+    def claim(self) -> str:
+        """The arguments, and what the rule claims to be where that is not exact."""
+        told = "" if self.contract == "Exact()" else f"; contract {self.contract}"
+        return f"{self.signature}{told}"
+
+    def __repr__(self) -> str:
+        rows = [(item.outcome, item.question, item.detail) for item in self.evidence]
+        return as_text(f"{self.headline}\n  {self.claim}", rows)
+
+    __str__ = __repr__
+
+    def _repr_html_(self) -> str:
+        rows = [
+            (item.outcome, item.capability, item.question, item.detail)
+            for item in self.evidence
         ]
-        return "\n".join(lines)
+        headings = "outcome", "of", "question", "detail"
+        return as_html(f"{self.headline}; {self.claim}", rows, headings)
 
     def __rich__(self) -> Table:
         """Print in colour where rich prints."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import random
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
@@ -86,7 +86,7 @@ class Randomness:
         random.random()
 
     @contextlib.contextmanager
-    def rewound(self) -> Iterator[None]:
+    def rewound(self) -> Generator[None]:
         """Draw what was drawn from the start on; then go on as if nothing had been."""
         with replayed(self.torch):
             numpy, python = np.random.get_state(), random.getstate()
@@ -104,13 +104,14 @@ def _same_numpy(first: Any, second: Any) -> bool:
 
 
 @contextlib.contextmanager
-def buffers_kept(values: Iterable[Any]) -> Iterator[None]:
+def buffers_kept(values: Iterable[Any]) -> Generator[None]:
     """Put the buffers of all modules within reach of the values back in the end."""
     modules = [module for value in values for module in modules_within(value)]
     before = [
-        (module._buffers, name, buffer, None if buffer is None else _kept(buffer))
+        (buffers, name, buffer, None if buffer is None else _kept(buffer))
         for module in modules
-        for name, buffer in module._buffers.items()
+        for buffers in [module._buffers]  # pyright: ignore[reportPrivateUsage]
+        for name, buffer in buffers.items()
     ]
     try:
         yield

@@ -107,6 +107,7 @@ class BackwardPlan:
         leaves: Sequence[Any],
         tangents: Optional,
         outs: Tensors,
+        kept: Tensors = (),
         *,
         leading: tuple[int, ...] = (),
     ) -> Optional:

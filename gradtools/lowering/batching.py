@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Sequence
+from itertools import accumulate, chain, pairwise
 from typing import Any
 
 import numpy as np
@@ -186,23 +187,24 @@ class Batched:
         leaves: Sequence[Any],
         tangents: Optional,
         outs: Tensors,
+        kept: Tensors = (),
         *,
         leading: Sizes = (),
     ) -> Optional:
         """Run the inner jvp rule on the batch."""
-        count = len(leaves)
+        parts = (leaves, tangents, outs, kept)
+        ends = [*accumulate(map(len, parts), initial=0)]
 
         def run(*values: Any, leading: Sizes) -> Sequence[Any]:
-            given = values[:count], values[count : 2 * count], values[2 * count :]
+            given = (values[a:b] for a, b in pairwise(ends))
             return self.inner.jvp(layout.inner, *given, leading=leading)
 
-        dims = (*self.in_dims, *_where(tangents, self.in_dims), *layout.out_dims)
-        values, value_dims = self.map(run, (*leaves, *tangents, *outs), dims, leading)
+        moved, used = _where(tangents, self.in_dims), layout.kept_dims[: len(kept)]
+        dims: Any = (*self.in_dims, *moved, *layout.out_dims, *used)
+        found = self.map(run, tuple(chain(*parts)), dims, leading)
         return [
             _placed(value, dim, out_dim, self.size, len(leading), reduce=False)
-            for value, dim, out_dim in zip(
-                values, value_dims, layout.out_dims, strict=True
-            )
+            for value, dim, out_dim in zip(*found, layout.out_dims, strict=True)
         ]
 
     def refuse_different(self, layouts: Sequence[Layout]) -> None:

@@ -18,6 +18,7 @@ treat specially are marked by attribute, and the crossing is made by the first t
 that needs it.
 """
 
+# pyright: reportPrivateUsage=false
 from __future__ import annotations
 
 import contextlib
@@ -25,7 +26,6 @@ import gc
 import itertools
 import sys
 import types
-import warnings
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, ParamSpec, Protocol, TypeVar
@@ -33,20 +33,33 @@ from typing import Any, ParamSpec, Protocol, TypeVar
 import torch
 
 from gradtools import torch_compat, trees
-from gradtools.errors import GradtoolsError
+from gradtools.errors import GradtoolsError, TransformError
 from gradtools.lowering import free_variables
 from gradtools.lowering.flat import Plan
 from gradtools.lowering.stand_ins import Known, Unknown
+from gradtools.lowering.trace_time import (
+    at_trace_time,
+    is_exporting_here,
+    is_moving,
+    level_is_outside,
+    must_cross,
+)
 from gradtools.lowering.traced import STATE, Traced
 from gradtools.rules.rule import Rule
-from gradtools.rules.signature import CallSignature, flatten_entries
+from gradtools.rules.signature import CallSignature, Parameters, flatten_entries
+from gradtools.warning import warn
 
 __all__ = [
     "Crossable",
+    "Opaque",
     "call",
+    "call_kernel",
+    "export_flag_holder",
+    "is_exporting",
     "is_tracing",
     "register",
     "unseen",
+    "warn_of_export",
     "without_compiling",
 ]
 
@@ -54,6 +67,9 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 is_tracing: Callable[[], bool] = torch.compiler.is_dynamo_compiling
+is_exporting: Callable[[], bool] = torch.compiler.is_exporting
+export_flag_holder: Any = torch.compiler
+"""Its ``_is_exporting_flag`` says the same; an attribute takes less time."""
 
 
 def unseen(function: Callable[P, R]) -> Callable[P, R]:
@@ -112,24 +128,27 @@ class Crossable(Protocol):
         ...
 
 
+class Opaque(Protocol):
+    """A function that Dynamo cannot look into, and no derivative is asked of."""
+
+    key: str
+    where: str
+    parameters: Parameters
+
+    def run_entries(self, entries: Sequence[Any]) -> Any:
+        """Call it in eager mode, with bound arguments."""
+        ...
+
+
 _keys = itertools.count()
-_registry: weakref.WeakValueDictionary[str, Crossable] = weakref.WeakValueDictionary()
+_registry: weakref.WeakValueDictionary[str, Any] = weakref.WeakValueDictionary()
 
 
-def register(rule: Crossable) -> str:
+def register(target: Crossable | Opaque) -> str:
     """Return the name by which a rule is found on the other side."""
     key = f"rule {next(_keys)}"
-    _registry[key] = rule
+    _registry[key] = target
     return key
-
-
-def _at_trace_time(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Have Dynamo run a function while it traces, and take its result as a constant.
-
-    This is ``torch.compiler.assume_constant_result`` without its import of Dynamo.
-    """
-    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
-    return function
 
 
 _dual = torch_compat.dual_level_holder
@@ -145,17 +164,18 @@ def call(target: Crossable, args: tuple[Any, ...], kwargs: dict[str, Any]) -> An
         return getattr(target.written, name)(args, kwargs)
     entries = rule.parameters.bind(args, kwargs)
     leaves, spec = flatten_entries(entries)
-    if _is_exporting():
+    if is_exporting_here():
         if _needs_gradient(leaves):
-            _warn_of_export(rule.name)
+            warn_of_export(rule.name)
         return rule.parameters.call(rule.fun, entries)
     # Dynamo guards on the level that it reads itself, and compiles anew under another.
-    moving = _is_moving() or _dual._current_level >= 0
-    if moving and _level_is_outside():
+    moving = is_moving() or _dual._current_level >= 0
+    if moving and level_is_outside():
         _prepare(target.key)
         return _outside(target, entries)
-    if rule.bwd is None or moving or _must_cross():
-        _before_trace(target.key, True)
+    if rule.bwd is None or moving or must_cross():
+        if rule.bwd is not None or rule.jvp is not None or _needs_gradient(leaves):
+            _before_trace(target.key, True)
         return _cross(target, entries, leaves, moving)
     if not _needs_gradient(leaves):
         return rule.parameters.call(rule.fun, entries)
@@ -174,7 +194,7 @@ def _needs_gradient(leaves: Sequence[Any]) -> bool:
     )
 
 
-@_at_trace_time
+@at_trace_time
 def _before_trace(key: str, transformed: bool) -> None:
     """Let the check run on what Dynamo knows of the arguments."""
     known = _known()
@@ -185,7 +205,7 @@ def _before_trace(key: str, transformed: bool) -> None:
     _check(_registry[key], entries, None if transformed else known.wants, known)
 
 
-@_at_trace_time
+@at_trace_time
 def _written() -> str:
     """Have code written for this call; return the attribute that holds it.
 
@@ -201,7 +221,7 @@ def _written() -> str:
         or target.rule.bwd is None
         or torch.compiler.is_exporting()
         or torch_compat.forward_ad_active()
-        or _must_cross()
+        or must_cross()
     ):
         return ""
     try:
@@ -239,7 +259,7 @@ class _Place(str):
 def _otherwise(target: Crossable) -> Callable[[], None]:
     """Return what starts a trace anew, by the general way."""
 
-    @_at_trace_time
+    @at_trace_time
     def otherwise() -> None:
         from torch._dynamo import exc
 
@@ -253,83 +273,36 @@ def _otherwise(target: Crossable) -> Callable[[], None]:
 
 def _check(target: Any, entries: Any, wants: Any, known: Known) -> None:
     """Check a rule; raise what is found in a way that Dynamo hands on."""
-    from torch._dynamo.exc import ShortenTraceback
-
     try:
         target.before_trace(entries, wants, torch_compat.order(known.examples))
     except GradtoolsError as error:
-        # Dynamo lets some of its own exceptions through; of all others it makes a
-        # report of an internal error.
-        both: Any = type(type(error).__name__, (type(error), ShortenTraceback), {})
-        wrapped = both.__new__(both, *error.args)
-        wrapped.__dict__.update(error.__dict__, **_SHORT)
-        raise wrapped from None
+        raise _passing(error) from None
+
+
+def _passing(error: GradtoolsError) -> Exception:
+    """Return an error as one that Dynamo lets through.
+
+    It does that with some of its own; of all others it makes a report of an internal
+    error.
+    """
+    from torch._dynamo.exc import ShortenTraceback
+
+    both: Any = type(type(error).__name__, (type(error), ShortenTraceback), {})
+    wrapped = both.__new__(both, *error.args)
+    wrapped.__dict__.update(error.__dict__, **_SHORT)
+    return wrapped
 
 
 _SHORT = {"first_useful_frame": None, "frame_exec_strategy": None}
 
 
-@_at_trace_time
-def _must_cross() -> bool:
-    """Whether Dynamo's own treatment of a Function would be wrong."""
-    return torch_compat.transforms_active() or not _goes_through_aot()
-
-
-@_at_trace_time
-def _level_is_outside() -> bool:
-    """Whether AOT autograd would compile without the tangents that will come in."""
-    from torch._dynamo.symbolic_convert import InstructionTranslator
-
-    graphs = [
-        tracer.graph for tracer in InstructionTranslator.current_tx().output.tracers
-    ]
-    opened = (
-        "_enter_dual_level" in str(node.target) for g in graphs for node in g.nodes
-    )
-    return _goes_through_aot() and not any(opened)
-
-
-def _goes_through_aot() -> bool:
-    """Whether the backend of the running trace hands its graph to AOT autograd."""
-    from torch._dynamo.backends.common import AotAutograd
-    from torch._dynamo.symbolic_convert import InstructionTranslator
-
-    backend: Any = InstructionTranslator.current_tx().output.compiler_fn
-    while backend is not None:
-        name = getattr(backend, "__name__", None) or type(backend).__name__
-        if name.startswith("aot_") or "Inductor" in name or name in _AOT_BACKENDS:
-            return True
-        if isinstance(backend, AotAutograd):
-            return True
-        backend = getattr(backend, "_torchdynamo_orig_backend", None) or getattr(
-            backend, "compiler_fn", None
-        )
-    return False
-
-
-_AOT_BACKENDS = frozenset({"inductor", "cudagraphs", "openxla"})
-
-
-@_at_trace_time
-def _is_exporting() -> bool:
-    """Whether torch.export traces (torch 2.11 answers True to traced code, always)."""
-    return torch.compiler.is_exporting()
-
-
-@_at_trace_time
-def _warn_of_export(name: str) -> None:
+@at_trace_time
+def warn_of_export(name: str) -> None:
     """Say what torch.export leaves of a rule."""
-    warnings.warn(
+    warn(
         f"torch.export keeps the forward of the rule {name} only: what is exported has "
-        "the derivative of its function, not of the rule (pytorch#106388)",
-        stacklevel=2,
+        "the derivative of its function, not of the rule (pytorch#106388)"
     )
-
-
-@_at_trace_time
-def _is_moving() -> bool:
-    """Whether forward mode is active where the rule is called."""
-    return torch_compat.forward_ad_active()
 
 
 # The crossing.
@@ -341,17 +314,7 @@ def _cross(
     """Call a rule through a call that Dynamo does not look into."""
     _ = {target.key}  # a constant from here on, see below
     _prepare(target.key)
-    skeleton: Any = tuple(range(len(leaves)))
-    if len(entries) != len(leaves) or any(
-        a is not b for a, b in zip(entries, leaves, strict=True)
-    ):
-        skeleton = trees.unflatten(range(len(leaves)), trees.flatten(tuple(entries))[1])
-    holes = [
-        (index, _identity(leaf))
-        for index, leaf in enumerate(leaves)
-        if not isinstance(leaf, _PLAIN)
-    ]
-    given = [leaf if isinstance(leaf, _PLAIN) else 0 for leaf in leaves]
+    skeleton, given, holes = _luggage(entries, leaves)
     numbers: list[Any] = []
     for path in target.reads:
         value = free_variables.follow(target.rule, path)
@@ -367,15 +330,41 @@ def _cross(
     return _crossing(target.key, skeleton, given, holes, moved)
 
 
+def call_kernel(target: Opaque, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Call a function that Dynamo does not look into while it traces."""
+    entries = target.parameters.bind(args, kwargs)
+    leaves, _ = flatten_entries(entries)
+    _ = {target.key}
+    _make_crossing()
+    _refuse_strict_export(target.key)
+    return _crossing(target.key, *_luggage(entries, leaves), False)
+
+
+def _luggage(entries: Sequence[Any], leaves: Sequence[Any]) -> tuple[Any, Any, Any]:
+    """Return what may cross: numbers in the containers, the leaves, what is missing."""
+    skeleton: Any = tuple(range(len(leaves)))
+    if len(entries) != len(leaves) or any(
+        a is not b for a, b in zip(entries, leaves, strict=True)
+    ):
+        skeleton = trees.unflatten(range(len(leaves)), trees.flatten(tuple(entries))[1])
+    holes = [
+        (index, _identity(leaf))
+        for index, leaf in enumerate(leaves)
+        if not isinstance(leaf, _PLAIN)
+    ]
+    given = [leaf if isinstance(leaf, _PLAIN) else 0 for leaf in leaves]
+    return skeleton, given, holes
+
+
 _PLAIN = (torch.Tensor, bool, int, float, complex, str, torch.dtype, torch.device)
 
 _crossing: Any = None
 _outside: Any = None
 
 
-@_at_trace_time
-def _prepare(key: str) -> None:
-    """Make the crossing, and list anew what the rule's functions read."""
+@at_trace_time
+def _make_crossing() -> None:
+    """Make the crossing."""
     global _crossing, _outside
     import torch._dynamo
 
@@ -386,6 +375,27 @@ def _prepare(key: str) -> None:
             reason="gradtools: forward mode around a compiled region loses the rule; "
             "open the level (or call jvp) inside the compiled function",
         )
+
+
+@at_trace_time
+def _refuse_strict_export(key: str) -> None:
+    """Raise where torch.export traces by Dynamo, which cannot write the crossing."""
+    if torch.compiler.is_exporting():
+        where = _registry[key].where
+        raise _passing(
+            TransformError(
+                f"{where.split()[0]}: torch.export(strict=True) cannot trace an "
+                "external",
+                rule=where,
+                fix="Export with strict=False, which is the default.",
+            )
+        )
+
+
+@at_trace_time
+def _prepare(key: str) -> None:
+    """Make the crossing, and list anew what the rule's functions read."""
+    _make_crossing()
     target = _registry[key]
     functions = {
         role: getattr(target.rule, role) for role in ("fun", "fwd", "bwd", "jvp")
@@ -408,7 +418,7 @@ def _identity(leaf: Any) -> int:
     return id(leaf)
 
 
-@_at_trace_time
+@at_trace_time
 def _constant_id(leaf: Any) -> int:
     """Return the identity of a function that torch 2.11 will not give us."""
     return id(leaf)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import types
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -26,9 +27,12 @@ __all__ = [
     "hidden_tensors",
     "modules_within",
     "name_of",
+    "never_holds_tensors",
     "place_of",
     "tensors_used",
+    "tensors_within",
     "unnamed",
+    "versions",
 ]
 
 
@@ -134,6 +138,12 @@ def _attributes(value: Any) -> Iterator[tuple[str, Any]]:
                 yield f".{name}", getattr(value, name)
 
 
+def tensors_within(value: Any) -> list[torch.Tensor]:
+    """Return all tensors that an object holds inside, each once, in any depth."""
+    found = _reachable(value, "", 16, set())
+    return list({id(tensor): tensor for _, tensor in found}.values())
+
+
 def hidden_tensors(value: Any) -> list[tuple[str, torch.Tensor]]:
     """Return the floating tensors that an object holds inside, each with its path."""
     return [
@@ -141,6 +151,24 @@ def hidden_tensors(value: Any) -> list[tuple[str, torch.Tensor]]:
         for path, tensor in _reachable(value, "", 4, set())
         if tensor.dtype.is_floating_point or tensor.dtype.is_complex
     ]
+
+
+def versions(objects: Iterable[Any]) -> tuple[tuple[str, torch.Tensor, int], ...]:
+    """Return the floating tensors inside objects, each with its path and its version.
+
+    What modules hold may change: statistics of a batch are for nobody's derivative.
+    """
+    return tuple(
+        (f"residuals, a {type(value).__name__} ({path.lstrip('.')})", tensor, version)
+        for value in objects
+        if not isinstance(value, torch.nn.Module)
+        for path, tensor in hidden_tensors(value)
+        if (version := _version(tensor)) is not None
+    )
+
+
+def _version(tensor: torch.Tensor) -> int | None:
+    return None if tensor.is_inference() else tensor._version
 
 
 def tensors_used(
@@ -199,3 +227,12 @@ def hidden_numbers(value: Any) -> list[Any]:
 
 
 _NUMBERS = (float, complex, np.ndarray, np.generic)
+
+
+def never_holds_tensors(value: Any) -> bool:
+    """Whether a free variable need not be looked through at every call.
+
+    Another rule looks for what it captures itself.
+    """
+    is_library = isinstance(value, (types.ModuleType, type, ctypes.CDLL))
+    return is_library or hasattr(type(value), "run_entries")

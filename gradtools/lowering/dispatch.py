@@ -14,14 +14,13 @@ a :class:`.State`, found by the coarser key that decides when a rule counts as c
 from __future__ import annotations
 
 import contextlib
-import types
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Hashable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 
 from gradtools import torch_compat, trees
-from gradtools.errors import DefinitionError, Violation
+from gradtools.errors import DefinitionError
 from gradtools.lowering import (
     boundary,
     captures,
@@ -29,14 +28,15 @@ from gradtools.lowering import (
     express,
     free_variables,
     functions,
+    nondiff,
 )
-from gradtools.lowering.flat import Plan, autocast_state
+from gradtools.lowering.flat import Plan
 from gradtools.lowering.state import Checks, State
+from gradtools.lowering.user_code import autocast_state, noted
 from gradtools.probing import moment
 from gradtools.rules.rule import Rule
 from gradtools.rules.signature import (
     CallSignature,
-    Meta,
     describe,
     flatten_entries,
     is_differentiable,
@@ -87,7 +87,7 @@ class Lowered:
             (function, path)
             for function in functions_of
             for path in free_variables.free_variables(function).values()
-            if not isinstance(free_variables.follow(function, path), _NEVER_TENSORS)
+            if not contents.never_holds_tensors(free_variables.follow(function, path))
         ]
 
     @boundary.unseen
@@ -147,8 +147,17 @@ class Lowered:
     ) -> Any:
         """Run the rule on flat values by the way that the moment asks for."""
         needs = wanted(leaves, transformed, moving)
+        if moving and self.rule.bwd is None and self.rule.jvp is None:
+            # It serves where nothing moves: inside another rule's jvp, say.
+            pairs = zip(needs, leaves, strict=True)
+            needs = tuple(n and torch_compat.is_differentiated(x) for n, x in pairs)
+        if self.rule.parameters.nondiff:
+            needs = nondiff.without(self.rule, needs, leaves, entries)
         if not any(needs):
             return self.run_primal(leaves, spec, entries, transformed)
+        if boundary.is_exporting() and not transformed:  # without Dynamo: strict=False
+            boundary.warn_of_export(self.rule.name)
+            return self.rule.parameters.call(self.rule.fun, entries)
         order = torch_compat.order(leaves) if transformed else 1
         plan = self.plan(leaves, spec, entries, needs, moving, order)
         if plan.state.watched and self.owes(leaves):
@@ -214,7 +223,11 @@ class Lowered:
         values = leaves
         if spec is not None:
             values = trees.with_sizes(trees.unflatten(leaves, spec), spec)
-        out = rule.parameters.call(rule.fun, values)
+        try:
+            out = rule.parameters.call(rule.fun, values)
+        except Exception as error:
+            noted(error, rule, "fun")
+            raise
         if torch.is_grad_enabled() or torch_compat.forward_ad_active():
             self.refuse_derivative(out, leaves)
         return out
@@ -294,7 +307,7 @@ class Lowered:
         rule = self.rule
         self.refuse_undefined()
         signature = CallSignature(rule.parameters, entries, leaves, spec, needs)
-        self.refuse_nondiff(signature, entries)
+        nondiff.refuse(rule, entries)
         callables = any(map(captures.may_hide_parameters, leaves))
         return Plan(
             rule,
@@ -327,28 +340,6 @@ class Lowered:
                 fix=f"State it: {self.rule.definition.format(name=self.rule.name)}.",
             )
 
-    def refuse_nondiff(self, signature: CallSignature, entries: Sequence[Any]) -> None:
-        """Raise for a tensor that needs a gradient in a place declared nondiff."""
-        violations = [
-            Violation(
-                f"args.{signature.names[index]}",
-                "a value without a gradient",
-                str(Meta.of(t)),
-            )
-            for index in self.rule.parameters.nondiff
-            for t in trees.flatten(entries[index])[0]
-            if is_differentiable(t) and torch_compat.requires_grad_at_any_level(t)
-        ]
-        if violations:
-            raise DefinitionError(
-                f"{self.rule.name}: a nondiff argument needs a gradient, and would get "
-                "none",
-                rule=self.rule.where,
-                violations=violations,
-                fix="Take the argument out of nondiff_argnums/nondiff_argnames, or "
-                "detach it.",
-            )
-
     def owed(self, leaves: Sequence[Any]) -> Iterator[torch.Tensor]:
         """Yield tensors within reach of the rule that need a gradient.
 
@@ -363,9 +354,6 @@ class Lowered:
                     tensor is leaf for leaf in leaves
                 ):
                     yield tensor
-
-
-_NEVER_TENSORS = (types.ModuleType, type)
 
 
 def wanted(leaves: Sequence[Any], transformed: bool, moving: bool) -> tuple[bool, ...]:
@@ -435,7 +423,7 @@ def _cast(leaf: Any, dtype: torch.dtype) -> Any:
 
 
 @contextlib.contextmanager
-def _without_autocast() -> Iterator[None]:
+def _without_autocast() -> Generator[None]:
     with contextlib.ExitStack() as stack:
         for device in torch_compat.autocast_devices():
             stack.enter_context(torch.autocast(device, enabled=False))

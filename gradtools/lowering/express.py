@@ -13,12 +13,14 @@ from typing import Any
 import torch
 
 from gradtools import torch_compat, trees
-from gradtools.lowering import boundary, contract, functions, higher_order
-from gradtools.lowering.flat import Plan, noted, under_policy
+from gradtools.lowering import boundary, functions, higher_order
+from gradtools.lowering.cotangents import fitted
+from gradtools.lowering.flat import Plan
 from gradtools.lowering.residuals import Layout, Source
 from gradtools.lowering.source import Pattern, returned_names, write
 from gradtools.lowering.state import Checks
 from gradtools.lowering.text import compiled
+from gradtools.lowering.user_code import noted, under_policy
 from gradtools.probing import moment
 from gradtools.rules.rule import Rule
 from gradtools.trees import Outline, Structure
@@ -177,7 +179,7 @@ def _general_backward(express: Express, ctx: Any, cotangents: Sequence[Any]) -> 
 def _refitted(express: Express, returned: Any) -> Any:
     """Return one cotangent per leaf from a return of bwd that is put another way."""
     plan = express.plan
-    return tuple(contract.cotangents(plan.rule, plan.signature, returned))
+    return tuple(fitted(plan.rule, plan.signature, returned))
 
 
 def unpacked(returned: Any) -> Any:
@@ -200,6 +202,7 @@ _NAMES: dict[str, Any] = {
     "astray": ASTRAY,
     "alive": torch_compat.unwrap_if_dead,
     "transformed": torch_compat.transforms_active,
+    "exports": boundary.export_flag_holder,
     "autocast": torch_compat.autocast_enabled,
     "dual": torch_compat.dual_level_holder,
     "moment": moment,

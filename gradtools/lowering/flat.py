@@ -10,23 +10,24 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from typing import Any, Protocol
 
 import torch
 
 from gradtools import torch_compat
-from gradtools.errors import GradtoolsError
 from gradtools.lowering import captures, contents, contract, forward_mode
+from gradtools.lowering.cotangents import fitted
 from gradtools.lowering.replay import is_traced, random_state, replayed, same
 from gradtools.lowering.residuals import Layout, lay_out, opaque_objects
 from gradtools.lowering.state import Checks, State
+from gradtools.lowering.user_code import noted, under_policy
 from gradtools.probing import probing
 from gradtools.rules.rule import Rule
 from gradtools.rules.signature import CallSignature
 from gradtools.trees import Structure
 
-__all__ = ["Lowerable", "Plan", "autocast_state", "noted", "under_policy"]
+__all__ = ["Lowerable", "Plan"]
 
 Tensors = Sequence[torch.Tensor]
 Optional = Sequence[torch.Tensor | None]
@@ -88,6 +89,7 @@ class Lowerable(Protocol):
         leaves: Sequence[Any],
         tangents: Optional,
         outs: Tensors,
+        kept: Tensors = (),
         *,
         leading: tuple[int, ...] = (),
     ) -> Optional:
@@ -183,6 +185,8 @@ class Plan:
             contract.refuse_hidden_outputs(self.rule, outputs, leaves)
         tensors, structure = Structure.split(residuals)
         layout, new = lay_out(outputs, outs, structure, tensors, leaves)
+        if layout.opaque:
+            layout.versions = contents.versions(layout.opaque)
         if new and not torch.is_grad_enabled():
             self._refuse_captured(new, leaves)
         return self._own(outs, leaves), new, layout
@@ -196,6 +200,7 @@ class Plan:
             extra["needs"] = self.signature.needs_tree(self.signature.needs)
         try:
             function: Any = rule.fun if is_fun else rule.fwd
+            function = under_policy(function, self.policy, self.checks)
             returned = parameters.call(function, entries, **extra)
         except Exception as error:
             noted(error, rule, "fun" if is_fun else "fwd")
@@ -229,6 +234,8 @@ class Plan:
         leading: tuple[int, ...] = (),
     ) -> Optional:
         """Run bwd; return one cotangent per leaf."""
+        if layout.versions:
+            contract.refuse_edited(self.rule, layout.versions)
         if self.rule.bwd is None:
             if self.state.jvp_linear is not None:
                 raise self.state.jvp_linear
@@ -246,9 +253,7 @@ class Plan:
                 (*layout.residuals.constants.values(), *_inside(layout.opaque)),
             )
         cast = bool(self.autocast) or self.rule.autocast is not None
-        return contract.cotangents(
-            self.rule, self.signature, returned, cast=cast, leading=leading
-        )
+        return fitted(self.rule, self.signature, returned, cast=cast, leading=leading)
 
     def call_bwd(
         self, layout: Layout, kept: Tensors, cotangents: Optional, needs: Sequence[bool]
@@ -279,6 +284,7 @@ class Plan:
         leaves: Sequence[Any],
         tangents: Optional,
         outs: Tensors = (),
+        kept: Tensors = (),
         *,
         leading: tuple[int, ...] = (),
     ) -> Optional:
@@ -291,19 +297,33 @@ class Plan:
             )
         ]
         if "jvp" in self.state.watched:
-            returned = self.call_jvp(leaves, filled)
+            returned = self.call_jvp(leaves, filled, layout, outs, kept)
         else:
-            count = len(leaves)
+            count, end = len(leaves), 2 * len(leaves) + len(kept)
             returned = self._first(
                 "jvp",
-                lambda given: self.call_jvp(given[:count], given[count:]),
-                (*leaves, *filled),
+                lambda given: self.call_jvp(
+                    given[:count],
+                    given[count : 2 * count],
+                    layout,
+                    given[end:],
+                    given[2 * count : end],
+                ),
+                (*leaves, *filled, *kept, *outs),
             )
         return contract.output_tangents(self.rule, returned, layout.outputs, outs)
 
-    def call_jvp(self, leaves: Sequence[Any], tangents: Sequence[Any]) -> Any:
+    def call_jvp(
+        self,
+        leaves: Sequence[Any],
+        tangents: Sequence[Any],
+        layout: Layout,
+        outs: Tensors,
+        kept: Tensors,
+    ) -> Any:
         """Run the user's jvp rule on the user's containers; return what it returned."""
         rule, signature = self.rule, self.signature
+        jvp: Any = rule.jvp
         primals, moved = signature.entries(leaves), signature.entries(tangents)
         nondiff = rule.parameters.nondiff
         first = [
@@ -314,13 +334,16 @@ class Plan:
         moved = tuple(t for i, t in enumerate(moved) if i not in nondiff)
         try:
             with self.under_autocast():
-                return rule.jvp(*first, given, moved)  # type: ignore[misc]
+                if rule.jvp_takes_residuals:
+                    recorded = layout.outputs.rebuild(outs), layout.rebuild(kept)
+                    return jvp(*first, given, moved, *recorded)
+                return jvp(*first, given, moved)
         except Exception as error:
             noted(error, rule, "jvp")
             raise
 
     @contextlib.contextmanager
-    def under_autocast(self) -> Iterator[None]:
+    def under_autocast(self) -> Generator[None]:
         """Restore the autocast state of the call."""
         states = dict(self.autocast)
         with contextlib.ExitStack() as stack:
@@ -410,36 +433,3 @@ class Plan:
 def _inside(objects: Iterable[Any]) -> list[torch.Tensor]:
     """Return the tensors inside opaque objects."""
     return [tensor for value in objects for _, tensor in contents.hidden_tensors(value)]
-
-
-def noted(error: Exception, rule: Rule, role: str) -> None:
-    """Say on an exception of the user's code whose it is; it goes on as it is."""
-    if not isinstance(error, GradtoolsError):
-        error.add_note(f"raised in {rule.which(role)} of the rule {rule.where}")
-
-
-def under_policy(bwd: Any, policy: str, checks: Checks | None) -> Any:
-    """Return a bwd that runs under the policy of the gradient check at the call.
-
-    It may call rules, on a thread of autograd's, which does not see the caller's
-    context. "first", where no check is left, needs nothing.
-    """
-    if policy == "first" or checks is None:
-        return bwd
-
-    def under(*args: Any, **kwargs: Any) -> Any:
-        with checks.under(policy):
-            return bwd(*args, **kwargs)
-
-    return under
-
-
-def autocast_state(devices: Sequence[str]) -> tuple[tuple[str, torch.dtype], ...]:
-    """Return the device types under autocast, each with its dtype."""
-    if not torch_compat.autocast_enabled():
-        return ()
-    return tuple(
-        (device, torch.get_autocast_dtype(device))
-        for device in devices
-        if torch.is_autocast_enabled(device)
-    )

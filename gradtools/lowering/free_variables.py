@@ -92,32 +92,49 @@ def _collect(
         take("method", ("attribute", "__func__"))
         found.setdefault("self", (*path, ("attribute", "__self__")))
     elif isinstance(function, types.FunctionType):
-        code, of = function.__code__, f" of {function.__name__}"
-        if names is not None:
-            names |= _names_in(code)
-        for index, name in enumerate(code.co_freevars):
-            if is_assigned((function.__closure__ or ())[index]):
-                take(f"closure variable {name!r}{of}", ("cell", index))
-        for name in _globals_in(code) & function.__globals__.keys():
-            take(f"global {name!r}", ("global", name))
-        defaults = function.__defaults__ or ()
-        for index in range(len(defaults)):
-            parameter = code.co_varnames[code.co_argcount - len(defaults) + index]
-            take(
-                f"default of parameter {parameter!r}{of}",
-                ("attribute", "__defaults__"),
-                ("item", index),
-            )
-        for name in function.__kwdefaults__ or {}:
-            take(
-                f"default of parameter {name!r}{of}",
-                ("attribute", "__kwdefaults__"),
-                ("item", name),
-            )
+        if names is not None and not _is_type_check(function):
+            names |= _names_in(function.__code__)
+        for label, *steps in _uses(function):
+            take(label, *steps)
+
+
+def _uses(function: types.FunctionType) -> Iterator[tuple[Any, ...]]:
+    """Yield a label and the steps for all that the code of a function names."""
+    code, of = function.__code__, f" of {function.__name__}"
+    if _is_type_check(function):
+        for index, cell in enumerate(function.__closure__ or ()):
+            if is_assigned(cell) and isinstance(cell.cell_contents, CALLABLES):
+                yield "", ("cell", index)  # what it wraps is among these
+        return
+    for index, name in enumerate(code.co_freevars):
+        if is_assigned((function.__closure__ or ())[index]):
+            yield f"closure variable {name!r}{of}", ("cell", index)
+    for name in _globals_in(code) & function.__globals__.keys():
+        yield f"global {name!r}", ("global", name)
+    defaults = function.__defaults__ or ()
+    for index in range(len(defaults)):
+        parameter = code.co_varnames[code.co_argcount - len(defaults) + index]
+        label = f"default of parameter {parameter!r}{of}"
+        yield label, ("attribute", "__defaults__"), ("item", index)
+    for name in function.__kwdefaults__ or {}:
+        label = f"default of parameter {name!r}{of}"
+        yield label, ("attribute", "__kwdefaults__"), ("item", name)
+
+
+def _is_type_check(function: types.FunctionType) -> bool:
+    """Whether it is a wrapper that checks types, by the name of what it wraps."""
+    return _top(function.__globals__.get("__name__")) in _CHECKERS_OF_TYPES
 
 
 CALLABLES = (types.FunctionType, types.MethodType, functools.partial)
-_LIBRARIES = frozenset({"torch", "numpy", "math", "gradtools", "builtins", "functools"})
+# Their wrappers reach hundreds of objects, none of which is the user's.
+_CHECKERS_OF_TYPES = frozenset({"beartype", "jaxtyping", "typeguard"})
+_LIBRARIES = _CHECKERS_OF_TYPES | {
+    *("torch", "numpy", "math", "gradtools", "builtins", "functools"),
+    *("einops", "opt_einsum", "scipy", "tensordict"),
+}
+# Dynamo cannot look into their objects, and no number of the user's is there.
+_NO_VALUES = _CHECKERS_OF_TYPES | {"typing", "inspect", "re"}
 
 
 def is_library(value: Any) -> bool:
@@ -126,9 +143,13 @@ def is_library(value: Any) -> bool:
         name = value.__name__
     elif isinstance(value, (type, types.BuiltinFunctionType, types.FunctionType)):
         name = getattr(value, "__module__", None) or ""
-    else:
-        return False  # a partial or a bound method may hold what is the user's
-    return name.split(".")[0] in _LIBRARIES or isinstance(value, type)
+    else:  # a partial or a bound method may hold what is the user's
+        return _top(type(value).__module__) in _NO_VALUES
+    return _top(name) in _LIBRARIES or isinstance(value, type)
+
+
+def _top(module: str | None) -> str:
+    return (module or "").partition(".")[0]
 
 
 def is_assigned(cell: types.CellType) -> bool:

@@ -41,8 +41,8 @@ def generated(
 ) -> type[Function]:
     """Return a Direct with a forward and a backward that were written for a pattern."""
     function = named(Direct, name)
-    function.forward = staticmethod(forward)  # type: ignore[method-assign]
-    function.backward = staticmethod(backward)  # type: ignore[method-assign]
+    function.forward = staticmethod(forward)
+    function.backward = staticmethod(backward)
     torch_compat.call_backward_directly(function)
     return function
 
@@ -124,7 +124,7 @@ class Composable(Function):
             if plan.order > 1 and preconditions.refusal(plan) is None:
                 plan.first_derived("second order")
             if plan.moving and plan.has_jvp:
-                preconditions.jvp_second_order(plan, layout, leaves, outs)
+                preconditions.jvp_second_order(plan, layout, leaves, outs, kept)
                 plan.first_derived("forward mode")
             elif plan.moving:
                 preconditions.linearity(plan, layout, kept, outs)
@@ -202,7 +202,8 @@ class Composable(Function):
             outs, new = _parted(layout, primals[count:])
             preconditions.refuse_differentiated(plan, (*primals, *tangents))
             if plan.has_jvp:
-                moved = plan.jvp(layout, leaves, tangents, outs)
+                kept = layout.pick(leaves, outs, new)
+                moved = plan.jvp(layout, leaves, tangents, outs, kept)
             elif plan.state.linear is not None:
                 raise plan.state.linear
             else:
@@ -346,4 +347,4 @@ class _Trivial(inspect.Signature):
         return self._Bound(args, kwargs)
 
 
-Composable.forward.__signature__ = _Trivial()  # type: ignore[attr-defined]
+Composable.forward.__signature__ = _Trivial()

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
 import torch
@@ -215,7 +215,7 @@ class _UnderWay(threading.local):
     rules: tuple[Rule, ...] = ()
 
     @contextlib.contextmanager
-    def of(self, rule: Rule) -> Iterator[None]:
+    def of(self, rule: Rule) -> Generator[None]:
         before, self.rules = self.rules, (*self.rules, rule)
         try:
             yield

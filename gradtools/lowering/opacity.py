@@ -103,24 +103,29 @@ def opaque_bwd(
 
 
 def opaque_jvp(
-    plan: Lowerable, layout: Layout, leaves: Sequence[Any], outs: Tensors
+    plan: Lowerable, layout: Layout, leaves: Sequence[Any], outs: Tensors, kept: Tensors
 ) -> TransformError | None:
     """Return why the jvp rule cannot be differentiated, or None."""
     count = len(leaves)
     able = [meta is not None for meta in plan.signature.metas]
 
     def jvp(values: Sequence[Any]) -> Optional:
-        return plan.jvp(layout, values[:count], values[count:], outs)
+        return plan.jvp(
+            layout, values[:count], values[count : 2 * count], outs, values[2 * count :]
+        )
 
     moving = [
         samples.pattern(x) if can else None for x, can in zip(leaves, able, strict=True)
     ]
     try:
-        found = _unseen(jvp, [*leaves, *moving])
+        found = _unseen(jvp, [*leaves, *moving, *kept])
     except Exception as error:
         return _opaque(plan.rule, "jvp", "the tangents", error)
     if found is None:
         return None
+    if found[0] >= 2 * count:
+        what = _place_of(layout, *layout.kept[found[0] - 2 * count])
+        return _opaque(plan.rule, "jvp", what, None)
     path = plan.signature.paths()[found[0] % count]
     what = path if found[0] < count else f"the tangent of {path}"
     return _opaque(plan.rule, "jvp", what, None)

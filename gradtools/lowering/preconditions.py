@@ -73,6 +73,8 @@ def refuse_differentiated(plan: Lowerable, values: Sequence[Any]) -> None:
         values: What the tangent is computed from.
     """
     error = plan.state.jvp_second_order if plan.has_jvp else refusal(plan)
+    if error is None and plan.rule.jvp_takes_residuals:
+        error = refusal(plan)
     if error is not None and any(
         torch_compat.is_differentiated(value)
         for value in values
@@ -128,7 +130,7 @@ def linearity(plan: Lowerable, layout: Layout, kept: Tensors, outs: Tensors) -> 
 
 
 def jvp_second_order(
-    plan: Lowerable, layout: Layout, leaves: Sequence[Any], outs: Tensors
+    plan: Lowerable, layout: Layout, leaves: Sequence[Any], outs: Tensors, kept: Tensors
 ) -> None:
     """Find out whether the jvp rule can be differentiated."""
     tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
@@ -136,7 +138,7 @@ def jvp_second_order(
         plan,
         "jvp_second_order",
         tensors,
-        lambda: opacity.opaque_jvp(plan, layout, leaves, outs),
+        lambda: opacity.opaque_jvp(plan, layout, leaves, outs, kept),
     )
 
 

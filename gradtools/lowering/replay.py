@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -56,7 +56,7 @@ def recorded(
 
 
 @contextlib.contextmanager
-def replayed(state: State | None) -> Iterator[None]:
+def replayed(state: State | None) -> Generator[None]:
     """Draw from ``state`` on, and leave the generators as they were."""
     if state is None:
         yield

@@ -15,7 +15,13 @@ import torch
 
 from gradtools.trees import Structure
 
-__all__ = ["Layout", "Source", "lay_out", "opaque_objects"]
+__all__ = ["Layout", "Remark", "Source", "lay_out", "opaque_objects"]
+
+
+class Remark:
+    """Something about a call in which no derivative hides: shapes, flags."""
+
+    __slots__ = ()
 
 
 class Source(NamedTuple):
@@ -44,9 +50,19 @@ class Layout:
         floating: For each output tensor whether it is differentiable; None: all are.
         opaque: The objects among the residuals in which numbers may be hidden.
         rng: Random state before fwd, where fwd is known to draw.
+        versions: The tensors inside those objects, each with its path and its version.
     """
 
-    __slots__ = ("floating", "kept", "opaque", "outputs", "residuals", "rng", "slots")
+    __slots__ = (
+        "floating",
+        "kept",
+        "opaque",
+        "outputs",
+        "residuals",
+        "rng",
+        "slots",
+        "versions",
+    )
 
     def __init__(
         self,
@@ -63,6 +79,7 @@ class Layout:
         self.floating = floating
         self.opaque: tuple[Any, ...] = ()
         self.rng: Any = None
+        self.versions: tuple[tuple[str, torch.Tensor, int], ...] = ()
 
     def pick(
         self, leaves: Sequence[Any], outs: Sequence[Any], new: Sequence[Any]
@@ -146,5 +163,5 @@ def opaque_objects(tree: Structure, leaves: Sequence[Any]) -> tuple[Any, ...]:
 
 
 _WITHOUT_DERIVATIVE = (
-    type(None), int, str, bytes, type, torch.dtype, torch.device, torch.layout,
+    type(None), int, str, bytes, type, torch.dtype, torch.device, torch.layout, Remark,
 )  # fmt: skip

@@ -98,7 +98,10 @@ def write(pattern: Pattern) -> str:
     )
 
 
-_DISTURBED = "transformed() or dual._current_level >= 0 or autocast()"
+_DISTURBED = (
+    "transformed() or dual._current_level >= 0 or autocast() "
+    "or exports._is_exporting_flag"
+)
 _BY_TYPE = (type(None), float, complex)  # the value may differ from call to call
 
 

@@ -14,7 +14,7 @@ from gradtools.lowering.captures import is_without_gradient, needs_gradient
 from gradtools.lowering.contents import Converted, name_of
 from gradtools.probing import probing
 
-__all__ = ["closure_convert"]
+__all__ = ["Exchange", "closure_convert"]
 
 
 def closure_convert(
@@ -56,7 +56,7 @@ def closure_convert(
                 f"{len(captured)} captured tensors; got {len(args)} in all",
                 fix="Call converted(*args, *captured).",
             )
-        with _Exchange(captured, given):
+        with Exchange(captured, given):
             return fn(*args[:count])
 
     converted = Converted(exchanged)
@@ -87,7 +87,7 @@ class _Collect(TorchFunctionMode):
         return result
 
 
-class _Exchange(TorchFunctionMode):
+class Exchange(TorchFunctionMode):
     """Put other tensors in the place of the captured ones."""
 
     def __init__(

@@ -12,6 +12,7 @@ from gradtools.rules.custom_vjp import F, StatedRule
 from gradtools.rules.options import name_of, refuse_options
 from gradtools.rules.rule import Contract, Exact, Rule
 from gradtools.rules.signature import Parameters
+from gradtools.spelling import spelled
 
 __all__ = ["CustomJVP", "custom_jvp"]
 
@@ -24,6 +25,7 @@ class CustomJVP(StatedRule[P, R]):
 
     __slots__ = ()
 
+    @spelled
     def defjvp(self, jvp: F) -> F:
         """State the rule: ``jvp(primals, tangents) -> (output, output_tangent)``.
 

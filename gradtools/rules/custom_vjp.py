@@ -24,10 +24,13 @@ from gradtools.lowering.dispatch import Lowered
 from gradtools.lowering.express import ASTRAY
 from gradtools.lowering.flat import Plan
 from gradtools.lowering.traced import Written
+from gradtools.rules.display import HEADINGS, headline, rows
 from gradtools.rules.methods import BoundRule, Method
 from gradtools.rules.options import name_of, refuse_options
 from gradtools.rules.rule import Contract, Exact, Rule, VmapMode
 from gradtools.rules.signature import Parameters
+from gradtools.spelling import spelled
+from gradtools.tables import as_html, as_text
 
 if TYPE_CHECKING:
     from gradtools.gradcheck.check import Checker
@@ -164,6 +167,7 @@ class StatedRule(Generic[P, R]):
         self._lowered = None
         self.written = Written()
 
+    @spelled
     def def_jvp(self, jvp: F) -> F:
         """State forward mode: ``jvp(primals, tangents) -> (output, output_tangent)``.
 
@@ -179,6 +183,7 @@ class StatedRule(Generic[P, R]):
         self._state(jvp=jvp)
         return jvp
 
+    @spelled
     def def_vmap(self, vmap_rule: F) -> F:
         """State what ``torch.func.vmap`` calls where no gradient is wanted.
 
@@ -196,13 +201,19 @@ class StatedRule(Generic[P, R]):
     def gradcheck(self, *args: P.args, **kwargs: P.kwargs) -> Report:
         """Check the rule on these arguments now, whatever the policy.
 
+        Without any, it is checked on those that its ``probe=`` returns.
+
         Returns:
             What was checked, with figures; it prints as a table.
 
         Raises:
             GradientMismatchError: The rule is not what its contract claims.
         """
-        return self.checker.check_in_full(*self.plan_for_check(args, kwargs))
+        given: Any = args
+        if not args and not kwargs and self.rule.probe is not None:
+            given = self.rule.probe()
+            given = given if isinstance(given, tuple) else (given,)
+        return self.checker.check_in_full(*self.plan_for_check(given, kwargs))
 
     @property
     def reports(self) -> tuple[Report, ...]:
@@ -240,13 +251,16 @@ class StatedRule(Generic[P, R]):
     def __reduce__(self) -> str:
         return self.__qualname__
 
+    @property
+    def headline(self) -> str:
+        """The rule in one line: its name, its place, what is stated."""
+        return headline(type(self).__name__, self.__module__, self.rule)
+
     def __repr__(self) -> str:
-        rule = self.rule
-        given = [
-            role for role in ("fwd", "bwd", "jvp") if getattr(rule, role) is not None
-        ]
-        stated = ", ".join(given) or "nothing stated"
-        return f"<{type(self).__name__} {rule.where}: {stated}>"
+        return as_text(self.headline, list(rows(self.rule, self.reports)))
+
+    def _repr_html_(self) -> str:
+        return as_html(self.headline, list(rows(self.rule, self.reports)), HEADINGS)
 
 
 class CustomVJP(StatedRule[P, R]):
@@ -254,6 +268,7 @@ class CustomVJP(StatedRule[P, R]):
 
     __slots__ = ()
 
+    @spelled
     def def_fwd(self, fwd: F) -> F:
         """State the forward: ``fwd(*args) -> (output, residuals)``.
 
@@ -268,6 +283,7 @@ class CustomVJP(StatedRule[P, R]):
         self._state(fwd=fwd)
         return fwd
 
+    @spelled
     def def_bwd(self, bwd: F) -> F:
         """State the backward: ``bwd(residuals, cotangent) -> cotangents``.
 
@@ -285,6 +301,7 @@ class CustomVJP(StatedRule[P, R]):
         self._state(bwd=bwd)
         return bwd
 
+    @spelled
     def defvjp(self, fwd: Callable[..., Any], bwd: Callable[..., Any]) -> None:
         """State forward and backward at once, as ``jax.custom_vjp`` does."""
         self._state(fwd=fwd, bwd=bwd)

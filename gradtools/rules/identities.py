@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import torch
 
 from gradtools import trees
+from gradtools.errors import DefinitionError
 from gradtools.lowering.contract import refuse_unlike
 from gradtools.rules.custom_vjp import custom_vjp
 from gradtools.rules.rule import Surrogate
@@ -40,6 +41,10 @@ def clip_grad(x: T, min: float | None = None, max: float | None = None) -> T:
     Returns:
         ``x``. There is no forward mode: a clip is not linear.
 
+    Raises:
+        DefinitionError: No gradient of zero would stay zero: ``min`` is above 0, or
+            ``max`` below, or the two are exchanged.
+
     Example:
         >>> x = torch.tensor([1.0, 2.0], requires_grad=True)
         >>> torch.autograd.grad((gt.clip_grad(x, -1, 1) ** 2).sum(), x)
@@ -50,7 +55,17 @@ def clip_grad(x: T, min: float | None = None, max: float | None = None) -> T:
 
 @clip_grad.def_fwd
 def _(x: Any, min: Any = None, max: Any = None) -> Any:
+    if (_is_number(min) and min > 0) or (_is_number(max) and max < 0):
+        raise DefinitionError(
+            f"clip_grad: there is no 0 between the bounds {min} and {max}, so that no "
+            "gradient could vanish",
+            fix="Give both bounds: clip_grad(x, -0.1, 0.1).",
+        )
     return x, (min, max)
+
+
+def _is_number(bound: Any) -> bool:
+    return isinstance(bound, int | float)
 
 
 @clip_grad.def_bwd

@@ -66,5 +66,8 @@ class BoundRule(Generic[P, R]):
     def __hash__(self) -> int:
         return hash((id(self.rule), id(self.instance)))
 
+    def _repr_html_(self) -> str:
+        return self.rule._repr_html_()
+
     def __repr__(self) -> str:
-        return f"<bound {self.rule!r} of {self.instance!r}>"
+        return f"<bound {self.rule.headline} of {self.instance!r}>"

@@ -14,6 +14,17 @@ from gradtools.rules.rule import Contract, VmapMode
 __all__ = ["name_of", "refuse_options"]
 
 _MODES = get_args(VmapMode)
+_OPAQUE_MODES = tuple(mode for mode in _MODES if mode != "auto")
+
+
+def _are_dtypes(value: Any) -> bool:
+    values = (value,) if isinstance(value, torch.dtype) else value
+    return isinstance(values, (tuple, list)) and all(
+        isinstance(dtype, torch.dtype) and (dtype.is_floating_point or dtype.is_complex)
+        for dtype in values
+    )
+
+
 _OPTIONS: dict[str, tuple[Callable[[Any], bool], str, str]] = {
     "vmap": (
         lambda value: value in _MODES,
@@ -48,6 +59,37 @@ _OPTIONS: dict[str, tuple[Callable[[Any], bool], str, str]] = {
         "no function",
         "Use a function without parameters that returns the tuple of arguments.",
     ),
+    "external_vmap": (
+        lambda value: value in _OPAQUE_MODES,
+        f"none of {', '.join(map(repr, _OPAQUE_MODES))}",
+        'Use "sequential": torch cannot vectorize what it cannot see.',
+    ),
+    "out": (
+        callable,
+        "no function",
+        "Use a function of the same arguments that returns empty tensors like the "
+        "output: out=lambda x: torch.empty_like(x).",
+    ),
+    "numpy": (
+        lambda value: isinstance(value, bool),
+        "no bool",
+        "Use True for a function of arrays, or leave it out for one of tensors.",
+    ),
+    "dtypes": (
+        _are_dtypes,
+        "no floating dtype, and no tuple of them",
+        "Use torch.float32, say, or leave it out for a kernel that takes any.",
+    ),
+    "allow_nan": (
+        lambda value: isinstance(value, bool),
+        "no bool",
+        "Use True where NaN is an answer, or leave it out.",
+    ),
+    "gradient": (
+        lambda value: value is None or callable(value) or value == "finite-differences",
+        'no function, nor "finite-differences"',
+        "Use a function gradient(cotangent, *args), or state the rule with def_bwd.",
+    ),
 }
 
 
@@ -56,7 +98,10 @@ def refuse_options(**options: Any) -> None:
     for name, value in options.items():
         fits, problem, fix = _OPTIONS[name]
         if not fits(value):
-            raise DefinitionError(f"the option {name}={value!r} is {problem}", fix=fix)
+            option = name.removeprefix("external_")
+            raise DefinitionError(
+                f"the option {option}={value!r} is {problem}", fix=fix
+            )
 
 
 def name_of(fun: Any) -> str:

@@ -25,6 +25,12 @@ class Exact:
         rtol: Relative tolerance of the check; ``None`` lets the check derive it from
             the error that it measures of its own differences.
         atol: Absolute tolerance of the check, likewise.
+
+    Example:
+        >>> solve = gt.custom_vjp(torch.reciprocal, contract=gt.Exact(rtol=1e-4))
+        >>> _ = solve.def_bwd(lambda residuals, g: -1.00001 * g * residuals[1] ** 2)
+        >>> solve.gradcheck(torch.ones(2)).outcome
+        'passed'
     """
 
     rtol: float | None = None
@@ -39,6 +45,13 @@ class Surrogate:
         reference: A backward function with the signature of the rule's, which *is* the
             derivative (the same formula before it was clipped, say). It is what the
             gradient check examines.
+
+    Example:
+        >>> identity = gt.Surrogate(reference=lambda residuals, g: 2 * g)
+        >>> double = gt.custom_vjp(lambda x: 2 * x, contract=identity)
+        >>> _ = double.def_bwd(lambda residuals, g: (2 * g).clamp(-1, 1))
+        >>> double.gradcheck(torch.ones(2)).outcome
+        'passed'
     """
 
     reference: Callable[..., Any] | None = None
@@ -51,6 +64,12 @@ class Approximate:
     Args:
         rel: The relative error that is allowed, per argument.
         abs: The absolute error that is allowed, per argument.
+
+    Example:
+        >>> rough = gt.custom_vjp(torch.exp, contract=gt.Approximate(rel=0.01))
+        >>> _ = rough.def_bwd(lambda residuals, g: 1.002 * g * residuals[1])
+        >>> rough.gradcheck(torch.ones(2)).outcome
+        'passed'
     """
 
     rel: float = 1e-2
@@ -69,9 +88,15 @@ class Rule:
     off the functions' signatures.
 
     Attributes:
+        is_opaque: What fun does with a dtype that it was not written for is unknown.
         definition: How the derivative is stated, for messages.
         fwd_takes_needs: fwd asks for ``needs``.
         bwd_takes_needs: bwd asks for ``needs``.
+        is_lifted: A Function class states the rule. What bwd returns is fitted to the
+            arguments as torch does it: summed, cast, dropped for an integer; elsewhere
+            that is an error.
+        jvp_takes_residuals: The jvp rule gets the output and the residuals as
+            well.
         bwd_takes_self: bwd was written as a method: ``bwd(self, residuals,
             cotangent)``.
         jvp_takes_self: So was the jvp rule: ``jvp(self, primals, tangents)``.
@@ -91,6 +116,9 @@ class Rule:
     autocast: torch.dtype | None = None
     probe: Callable[..., Any] | None = None
     is_method: bool = False
+    is_opaque: bool = False
+    is_lifted: bool = False
+    jvp_takes_residuals: bool = False
     definition: str = "@{name}.def_bwd, or {name}.defvjp(fwd, bwd)"
     fwd_takes_needs: bool = dataclasses.field(init=False)
     bwd_takes_needs: bool = dataclasses.field(init=False)

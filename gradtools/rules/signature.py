@@ -14,6 +14,7 @@ import torch
 
 from gradtools import trees
 from gradtools.errors import DefinitionError
+from gradtools.spelling import suggestion, unexpected
 
 __all__ = ["CallSignature", "Meta", "Parameters", "describe"]
 
@@ -76,8 +77,8 @@ class Parameters:
                 raise DefinitionError(
                     f"nondiff_argnames names {name!r}, which is none of the "
                     f"function's positional parameters {self.positional}",
-                    fix="Correct the name; keyword-only values that are no floating "
-                    "tensors take part without a gradient as they are.",
+                    fix=f"{suggestion(name, self.positional)} Keyword-only values that "
+                    "are no floating tensors take part without a gradient as they are.",
                 )
         chosen = {number % count for number in numbers}
         chosen |= {self.positional.index(name) for name in names}
@@ -118,10 +119,16 @@ class Parameters:
         return tuple(entries)
 
     def _refuse(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        name = getattr(self.function, "__name__", "function")
+        if self.var_keyword is None:  # a misspelled name first: it explains the rest
+            by_name = (*self.positional, *self.keyword_only)
+            known = [each for each in by_name if each not in self.positional_only]
+            for given in kwargs.keys() - self.positional_only:
+                if given not in known:
+                    raise unexpected(name, given, known)
         try:
             self.signature.bind(*args, **kwargs)
         except TypeError as error:
-            name = getattr(self.function, "__name__", "function")
             raise TypeError(f"{name}() {error}") from None
 
     def names(self, count: int) -> list[str]:
@@ -257,11 +264,14 @@ def describe(paths: Sequence[str], leaves: Sequence[Any]) -> str:
     return ", ".join(parts)
 
 
+_LEAVES = {torch.Tensor, type(None), bool, int, float, str}  # to ask takes a while
+
+
 def flatten_entries(
     entries: tuple[Any, ...],
 ) -> tuple[Sequence[Any], trees.Spec | None]:
     """Lay the values of a call flat; the structure is None if they are flat already."""
     for entry in entries:
-        if not (type(entry) is torch.Tensor or trees.is_leaf(entry)):
+        if not (type(entry) in _LEAVES or trees.is_leaf(entry)):
             return trees.flatten(entries)
     return entries, None

@@ -47,6 +47,10 @@ class OverBatches:
             lambda at: at.product(tangents, is_last=True, is_block=is_block), "product"
         )
 
+    def pushed(self, tangents: Tensors) -> Tensors | None:
+        """Return None: there is no other way."""
+        return None
+
     def bytes_of_a_product(self) -> int:
         """Return what the largest batch needs."""
         return self._largest
@@ -91,6 +95,10 @@ class OverRanks:
         return self._summed(
             self._products.product(tangents, is_last=is_last, is_block=is_block)
         )
+
+    def pushed(self, tangents: Tensors) -> Tensors | None:
+        """Return None: there is no other way."""
+        return None
 
     def bytes_of_a_product(self) -> int:
         """Return what this rank needs."""

@@ -14,8 +14,8 @@ from gradtools import trees
 from gradtools.errors import GradientMismatchError, Violation
 from gradtools.gradcheck.report import Evidence, Report
 from gradtools.rules.signature import describe, is_differentiable
+from gradtools.second_order.curvature import hvp_fn
 from gradtools.second_order.directional import linearize
-from gradtools.second_order.operators import hvp_fn
 from gradtools.second_order.primals import Argnums, Primals, Tensors, name_of
 from gradtools.second_order.products import hvp
 from gradtools.second_order.sound import has_no_forward_mode, in_forward_mode

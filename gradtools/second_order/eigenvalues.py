@@ -9,8 +9,9 @@ import numpy as np
 import torch
 
 from gradtools.errors import DefinitionError, TransformError
+from gradtools.second_order.curvature import hvp_fn
 from gradtools.second_order.extras import extra
-from gradtools.second_order.operators import CurvatureOperator, hvp_fn
+from gradtools.second_order.operators import CurvatureOperator
 from gradtools.second_order.primals import Argnums
 
 __all__ = ["Eigenpairs", "eigenpairs_of", "hessian_eigs"]

@@ -8,8 +8,10 @@ from typing import Any, Literal, NamedTuple
 import torch
 
 from gradtools.errors import DefinitionError
-from gradtools.second_order.operators import CurvatureOperator, hvp_fn
+from gradtools.second_order.curvature import hvp_fn
+from gradtools.second_order.operators import CurvatureOperator
 from gradtools.second_order.primals import Argnums
+from gradtools.tables import as_html
 
 __all__ = ["Estimate", "diagonal_of", "hessian_diag", "hessian_trace", "trace_of"]
 
@@ -29,6 +31,10 @@ class Estimate(NamedTuple):
 
     value: Any
     stderr: Any
+
+    def _repr_html_(self) -> str:
+        rows = [("value", repr(self.value)), ("standard error", repr(self.stderr))]
+        return as_html("Estimate", rows)
 
 
 def hessian_diag(

@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
+import math
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from gradtools import trees
 from gradtools.errors import DefinitionError, TransformError
-from gradtools.second_order.accumulation import OverBatches, OverRanks
 from gradtools.second_order.extras import extra
-from gradtools.second_order.primals import Argnums, Primals, Tensors
-from gradtools.second_order.products import GaussNewton
-from gradtools.second_order.reverse import Gradient, Products
+from gradtools.second_order.primals import Primals, Tensors
+from gradtools.second_order.reverse import Products
+from gradtools.spelling import spelled
+from gradtools.tables import as_html
 
-__all__ = ["CurvatureOperator", "ggnvp_fn", "hvp_fn"]
+__all__ = ["CurvatureOperator"]
 
 MEMORY = 2**30
 """Bytes that a block of vectors may take, unless the caller says otherwise."""
@@ -44,7 +46,8 @@ class CurvatureOperator:
         self._primals = primals
         self._products: Products | None = products
         self._is_bare = primals.argnums is None and len(primals.args) == 1
-        self._pace: dict[int, float] = {}  # vectors at a time -> seconds for each
+        self._paces: dict[_Way, list[float]] = {}  # seconds for each vector
+        self._unable: set[_Way] = set()
         self.value = products.value
         self.grad = self._tree(products.grads)
         self.aux = aux
@@ -54,6 +57,18 @@ class CurvatureOperator:
     def __repr__(self) -> str:
         state = "" if self._products else ", closed"
         return f"<{self._name} of {self.shape[0]} numbers{state}>"
+
+    def _repr_html_(self) -> str:
+        leaves = self._primals.leaves
+        norms = [float(g.detach().norm()) for g in trees.flatten(self.grad)[0]]
+        rows = [
+            ("value", f"{float(self.value):.6g}"),
+            ("norm of the gradient", f"{math.hypot(*norms):.6g}"),
+            ("tensors", ", ".join(str(tuple(leaf.shape)) for leaf in leaves)),
+            ("dtype", ", ".join(sorted({str(leaf.dtype) for leaf in leaves}))),
+            ("device", ", ".join(sorted({str(leaf.device) for leaf in leaves}))),
+        ]
+        return as_html(repr(self), rows)
 
     def __enter__(self) -> CurvatureOperator:
         return self
@@ -92,6 +107,7 @@ class CurvatureOperator:
         given = self._primals.tangents(self._given(tangents))
         return self._tree(self._open().product(given))
 
+    @spelled
     def block(
         self, *vectors: Any, chunk: int | None = None, memory: int = MEMORY
     ) -> Any:
@@ -100,8 +116,11 @@ class CurvatureOperator:
         Args:
             *vectors: As for a call, with one leading dimension, the same for all.
             chunk: How many to take at a time, in one vectorized backward pass; 1 goes
-                through them one by one. None finds out: the first ones are timed in
-                either way, within the memory.
+                through them one by one. None finds out, within the memory: the first
+                blocks are timed in each way, and the fastest is kept. One of them, for
+                a Hessian, runs the function again: forward over reverse. It is left out
+                where the function captures a tensor that requires a gradient, draws
+                random numbers, or is not the same when it is run again.
             memory: Bytes that the vectors under way may take, by an upper estimate.
 
         Returns:
@@ -113,6 +132,8 @@ class CurvatureOperator:
         else:
             sizes = itertools.repeat(self._positive(chunk))
             parts = [self._several(part) for part in _chunks(given, count, sizes)]
+        if len(parts) == 1:
+            return self._tree(parts[0])
         return self._tree([torch.cat(column) for column in zip(*parts, strict=True)])
 
     def __matmul__(self, other: Any) -> Any:
@@ -136,6 +157,7 @@ class CurvatureOperator:
             )
         return self(*self.apart(other))
 
+    @spelled
     def flatten(self, tree: Any, *, is_block: bool = False) -> torch.Tensor:
         """Lay a tree like the primals flat: ``(n,)``, or ``(k, n)`` for a block."""
         given = self._given(self.apart(tree))
@@ -144,6 +166,7 @@ class CurvatureOperator:
             return torch.cat([value.reshape(count, -1) for value in values], 1)
         return torch.cat([value.reshape(-1) for value in self._primals.tangents(given)])
 
+    @spelled
     def unflatten(self, vector: torch.Tensor) -> Any:
         """Undo :meth:`flatten`: for ``(n,)``, or ``(k, n)`` for a block."""
         leaves = self._primals.leaves
@@ -245,22 +268,69 @@ class CurvatureOperator:
 
     def _at_the_best_pace(
         self, vectors: Tensors, count: int, memory: int
-    ) -> Iterable[Tensors]:
-        """Yield products by parts; each way has its turn until the faster is known."""
-        most = max(1, min(count, memory // max(1, self._open().bytes_of_a_product())))
-        ways = sorted({1, min(most, 4), most})
+    ) -> Iterator[Tensors]:
+        """Yield products by parts; each way has its turns until one is the fastest."""
+        most = max(1, min(count, memory // max(1, self._bytes_of_a_product)))
+        ways = [_Way(size) for size in sorted({1, min(most, 4), most})]
+        if most > 1:
+            ways.append(_Way(most, is_forward=True))
+        able = [way for way in ways if way not in self._unable]
         done = 0
         while done < count:
-            untried = [size for size in ways if size not in self._pace]
-            known = {size: self._pace[size] for size in ways if size in self._pace}
-            size = untried[0] if untried else min(known, key=known.__getitem__)
-            part = [vector[done : done + size] for vector in vectors]
-            taken = len(part[0])
-            begin = time.perf_counter()
-            yield self._several(part)
-            seconds = (time.perf_counter() - begin) / taken
-            self._pace[size] = min(seconds, self._pace.get(size, seconds))
-            done += taken
+            way = min(able, key=self._rank)
+            size = way.size
+            part = vectors
+            if done or size < count:
+                part = [vector[done : done + size] for vector in vectors]
+            is_trial = len(self._paces.get(way, ())) < _TRIALS
+            begin = self._clock() if is_trial else 0.0
+            found = (self._open().pushed if way.is_forward else self._several)(part)
+            seconds = self._clock() - begin if is_trial else 0.0
+            if found is None or (
+                way.is_forward and is_trial and not self._agrees(part, found)
+            ):
+                self._unable.add(way)
+                able.remove(way)
+                continue
+            if is_trial:
+                self._paces.setdefault(way, []).append(seconds / len(part[0]))
+            yield found
+            done += size
+
+    def _rank(self, way: _Way) -> tuple[int, float]:
+        """Put those with fewer trials first, then those that took less time."""
+        paces = self._paces.get(way, ())
+        return len(paces), min(paces, default=float(way.is_forward))
+
+    def _clock(self) -> float:
+        """Return seconds: of this thread where it does all the work, whoever waits."""
+        if not self._primals.leaves[0].is_cpu:
+            torch.accelerator.synchronize()
+        elif torch.get_num_threads() == 1:
+            return time.thread_time()
+        return time.perf_counter()
+
+    @functools.cached_property
+    def _bytes_of_a_product(self) -> int:
+        return self._open().bytes_of_a_product()
+
+    def _agrees(self, vectors: Tensors, found: Tensors) -> bool:
+        """Whether the first of the products is what the graph gives."""
+        wanted = self._open().product([vector[0] for vector in vectors])
+        pairs = list(zip(found, wanted, strict=True))
+        off = sum(float((a[0] - b).abs().square().sum()) for a, b in pairs)
+        size = sum(float(b.abs().square().sum()) for _, b in pairs)
+        return off <= max(torch.finfo(b.dtype).eps for _, b in pairs) * size
+
+
+class _Way(NamedTuple):
+    """How many vectors are taken at a time: in forward mode, or through the graph."""
+
+    size: int
+    is_forward: bool = False
+
+
+_TRIALS = 3
 
 
 def _chunks(
@@ -272,122 +342,3 @@ def _chunks(
             return
         yield [vector[done : done + size] for vector in vectors]
         done += size
-
-
-def hvp_fn(
-    f: Callable[..., Any],
-    *primals: Any,
-    argnums: Argnums = None,
-    has_aux: bool = False,
-    batches: Iterable[Any] | None = None,
-    group: Any = None,
-    progress: bool = False,
-) -> CurvatureOperator:
-    """Return the Hessian of a scalar function at a point, as an operator.
-
-    The graph of the gradient is kept: a product is one backward pass through it, and f
-    is not run again.
-
-    Args:
-        f: From tensors in pytrees to a real scalar.
-        *primals: Its arguments.
-        argnums: Which of them count, as in :func:`hvp`.
-        has_aux: Whether f returns a pair ``(value, aux)``.
-        batches: Data that the function is summed over: ``f(*primals, batch)`` for each
-            of them. Nothing is kept between products then; each goes through all
-            batches again, so they must be a list or a loader, not an iterator.
-        group: A process group of ``torch.distributed``: the function is summed over its
-            ranks, with one all-reduce per product. Every rank must ask for the same
-            products.
-        progress: Whether to show a bar while the batches go by (needs rich).
-
-    Returns:
-        The operator, with ``op(v)``, ``op @ v``, ``op.block(V)``, ``op.value`` and
-        ``op.grad``.
-
-    Raises:
-        DefinitionError: f returns no scalar, or the batches can be read only once.
-
-    Example:
-        >>> x = torch.tensor([1.0, 2.0])
-        >>> with gt.hvp_fn(lambda x: (x**3).sum(), x) as op:
-        ...     print(op.grad, op(torch.ones(2)), op @ torch.eye(2))
-        tensor([ 3., 12.]) tensor([ 6., 12.]) tensor([[ 6.,  0.],
-                [ 0., 12.]])
-    """
-    asked = Primals(primals, argnums, "hvp_fn")
-
-    def at(*batch: Any) -> tuple[Gradient, Any]:
-        flat = asked.flat(lambda *args: f(*args, *batch), has_aux=has_aux)
-        gradient = Gradient(flat, asked.leaves)
-        return gradient, flat.aux.rebuild(gradient.aux)
-
-    return _operator("Hessian", asked, at, batches, group, progress)
-
-
-def ggnvp_fn(
-    f: Callable[..., Any],
-    loss: Callable[..., Any],
-    *primals: Any,
-    argnums: Argnums = None,
-    has_aux: bool = False,
-    batches: Iterable[Any] | None = None,
-    group: Any = None,
-    progress: bool = False,
-) -> CurvatureOperator:
-    """Return the generalized Gauss-Newton matrix at a point, as an operator.
-
-    That is ``J.T @ H @ J``, see :func:`ggnvp`. The graphs of the model, of its
-    transpose and of the gradient of the loss are kept.
-
-    Args:
-        f: The model: from tensors in pytrees to tensors in a pytree.
-        loss: From the output of f to a real scalar; with batches also of the batch:
-            ``loss(f(*primals, batch), batch)``.
-        *primals: The arguments of f.
-        argnums: Which of them count, as in :func:`hvp`.
-        has_aux: Whether f returns a pair ``(output, aux)``.
-        batches: Data that the loss is summed over, as in :func:`hvp_fn`.
-        group: A process group, as in :func:`hvp_fn`.
-        progress: Whether to show a bar while the batches go by (needs rich).
-
-    Returns:
-        The operator; ``op.value`` is the loss and ``op.grad`` its gradient.
-
-    Raises:
-        DefinitionError: The loss is no scalar, or the batches can be read only once.
-
-    Example:
-        >>> data = torch.eye(2)
-        >>> op = gt.ggnvp_fn(lambda w: data @ w, lambda out: (out**2).sum(),
-        ...                  torch.tensor([1.0, 2.0]))
-        >>> op(torch.tensor([1.0, 0.0])), op.grad
-        (tensor([2., 0.]), tensor([2., 4.]))
-    """
-    asked = Primals(primals, argnums, "ggnvp_fn")
-
-    def at(*batch: Any) -> tuple[GaussNewton, Any]:
-        flat = asked.flat(lambda *args: f(*args, *batch), has_aux=has_aux)
-        matrix = GaussNewton(flat, lambda out: loss(out, *batch), asked.leaves)
-        return matrix, flat.aux.rebuild(matrix.aux)
-
-    return _operator("Gauss-Newton matrix", asked, at, batches, group, progress)
-
-
-def _operator(
-    name: str,
-    asked: Primals,
-    at: Callable[..., tuple[Products, Any]],
-    batches: Iterable[Any] | None,
-    group: Any,
-    progress: bool,
-) -> CurvatureOperator:
-    aux = None
-    products: Products
-    if batches is None:
-        products, aux = at()
-    else:
-        products = OverBatches(lambda batch: at(batch)[0], batches, asked.who, progress)
-    if group is not None:
-        products = OverRanks(products, group)
-    return CurvatureOperator(name, asked, products, aux)

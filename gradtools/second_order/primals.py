@@ -10,6 +10,7 @@ import torch
 
 from gradtools import trees
 from gradtools.errors import DefinitionError, Violation
+from gradtools.lowering.boundary import is_tracing
 from gradtools.rules.signature import Meta, is_differentiable
 
 __all__ = ["Argnums", "Flat", "Primals", "Tensors", "as_tuple", "name_of"]
@@ -59,9 +60,12 @@ class Primals:
             chosen = self.args[self.argnums]
         else:
             chosen = tuple(self.args[number] for number in self.argnums)
-        self.every, self.spec = trees.flatten(chosen)
+        # A trace does not go through what is remembered.
+        flatten = trees.flatten if is_tracing() else trees.flatten_plain
+        self.every, self.spec = flatten(chosen)
         self.places = [i for i, x in enumerate(self.every) if is_differentiable(x)]
         self.leaves: list[torch.Tensor] = [self.every[i] for i in self.places]
+        self._are_all = len(self.places) == len(self.every)
         if not self.leaves:
             raise DefinitionError(
                 f"{who}: there is no floating or complex tensor to differentiate in "
@@ -85,10 +89,7 @@ class Primals:
 
     def with_leaves(self, leaves: Tensors) -> tuple[Any, ...]:
         """Return the arguments with other tensors in the place of the leaves."""
-        values = list(self.every)
-        for place, leaf in zip(self.places, leaves, strict=True):
-            values[place] = leaf
-        chosen = trees.unflatten(values, self.spec)
+        chosen = self._filled(leaves, self.every)
         if self.argnums is None:
             return chosen
         args = list(self.args)
@@ -103,10 +104,15 @@ class Primals:
 
     def tree(self, values: Sequence[Any]) -> Any:
         """Return values, one per leaf, in the structure of the chosen arguments."""
-        every: list[Any] = [None] * len(self.every)
-        for place, value in zip(self.places, values, strict=True):
-            every[place] = value
-        return trees.unflatten(every, self.spec)
+        return self._filled(values, [None] * len(self.every))
+
+    def _filled(self, values: Sequence[Any], rest: Sequence[Any]) -> Any:
+        if not self._are_all:
+            every = list(rest)
+            for place, value in zip(self.places, values, strict=True):
+                every[place] = value
+            values = every
+        return trees.unflatten_plain(values, self.spec)
 
     def paths(self) -> list[str]:
         """Return the key path of every leaf, differentiated or not."""
@@ -143,6 +149,8 @@ class Primals:
     def _fitted(
         self, given: Any, word: str, leading: tuple[int, ...]
     ) -> list[torch.Tensor]:
+        if isinstance(given, list) and not isinstance(self.argnums, int):
+            given = tuple(given)  # like the primals, see as_tuple
         try:
             values = trees.flatten_like(given, self.spec)
         except ValueError as error:
@@ -156,25 +164,22 @@ class Primals:
             ) from error
         violations = []
         fitted = []
-        able = set(self.places)
-        for place, (primal, value) in enumerate(zip(self.every, values, strict=True)):
-            if place not in able:
-                continue
-            shape = (*leading, *primal.shape)
+        for place, primal in zip(self.places, self.leaves, strict=True):
+            value = values[place]
+            shape = (*leading, *primal.shape) if leading else primal.shape
             if value is None:
                 fitted.append(primal.new_zeros(shape))
-                continue
-            if (
+            elif (
                 isinstance(value, torch.Tensor)
                 and value.shape == shape
                 and value.dtype is primal.dtype
                 and value.device == primal.device
             ):
                 fitted.append(value)
-                continue
-            meta = Meta.of(primal)._replace(shape=torch.Size(shape))
-            where = word + self.paths()[place]
-            violations.append(Violation(where, str(meta), _described(value)))
+            else:
+                meta = Meta.of(primal)._replace(shape=torch.Size(shape))
+                where = word + self.paths()[place]
+                violations.append(Violation(where, str(meta), _described(value)))
         if violations:
             raise DefinitionError(
                 f"{self.who}: the {word} do not fit the primals",
@@ -211,13 +216,15 @@ class Flat:
                     fix="Return (output, aux), or leave has_aux out.",
                 )
             out, aux = out
+        tensors, self.aux = (
+            trees.Structure.split(aux) if self.has_aux else ((), _NO_AUX)
+        )
         every, self.spec = trees.flatten(out)
         self.able = [is_differentiable(x) for x in every]
         # Not all of them: the graph behind the others would live as long as this.
         self.constants = [
             None if able else x for x, able in zip(every, self.able, strict=True)
         ]
-        tensors, self.aux = trees.Structure.split(aux)
         outputs = (x for x, able in zip(every, self.able, strict=True) if able)
         return tuple(outputs), tuple(tensors)
 
@@ -273,6 +280,9 @@ def _sketch(leaves: Sequence[Any], spec: trees.Spec) -> str:
 
 def _sketched(tree: Any) -> str:
     return _sketch(*trees.flatten(tree))
+
+
+_NO_AUX = trees.Structure.split(None)[1]
 
 
 class _Mark:

@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal, TypeAlias
 
 import torch
+from torch.autograd import forward_ad
 
 from gradtools.errors import DefinitionError
 from gradtools.second_order.directional import transposed
+from gradtools.second_order.graph import Graph, Run, captures
 from gradtools.second_order.primals import Argnums, Flat, Primals, Tensors, as_tuple
 from gradtools.second_order.reverse import Gradient, Pullback
-from gradtools.second_order.sound import in_forward_mode
+from gradtools.second_order.sound import (
+    in_both_modes,
+    in_forward_mode,
+    is_under_way,
+    is_within_transforms,
+    plainly,
+    usable,
+)
 
 __all__ = ["ggnvp", "hvp", "vhp"]
 
@@ -130,7 +140,12 @@ def ggnvp(
 
     That is ``J.T @ H @ J`` with the Jacobian of f and the Hessian of the loss at f's
     output; it is positive semidefinite where the loss is convex (N. Schraudolph, "Fast
-    curvature matrix-vector products", 2002). f runs once.
+    curvature matrix-vector products", 2002).
+
+    f runs once, tangents go through it on the way, and cotangents back. Where an
+    operator has no forward mode, or sees it differently (``torch.no_grad()`` inside),
+    and where the result is differentiated in its turn, f runs by itself, and tangents
+    go through it by two reverse passes.
 
     Args:
         f: The model: from tensors in pytrees to tensors in a pytree.
@@ -157,9 +172,10 @@ def ggnvp(
     asked = Primals(as_tuple(primals, "ggnvp"), argnums, "ggnvp")
     vectors = asked.tangents(tangents)
     flat = asked.flat(f, has_aux=has_aux)
-    matrix = GaussNewton(flat, loss, asked.leaves)
-    found = matrix.product(vectors, is_last=True)
-    return flat.with_aux(asked.tree(found), matrix.aux)
+    found, aux = _by_dual_numbers(flat, loss, asked.leaves, vectors) or _by_graphs(
+        flat, loss, asked.leaves, vectors
+    )
+    return flat.with_aux(asked.tree(found), aux)
 
 
 class GaussNewton:
@@ -169,6 +185,7 @@ class GaussNewton:
         flat: The model.
         loss: Of its output.
         leaves: Where it is differentiated.
+        run: A run of the model, if it has been run there.
 
     Attributes:
         value: The loss.
@@ -176,8 +193,14 @@ class GaussNewton:
         aux: Tensors.
     """
 
-    def __init__(self, flat: Flat, loss: Callable[[Any], Any], leaves: Tensors) -> None:
-        self._pull = Pullback(flat, leaves, order=2)
+    def __init__(
+        self,
+        flat: Flat,
+        loss: Callable[[Any], Any],
+        leaves: Tensors,
+        run: Run | None = None,
+    ) -> None:
+        self._pull = Pullback(flat, leaves, order=2, run=run)
         self._push = transposed(self._pull)
         place = Primals((flat.output(self._pull.outputs),), 0, flat.primals.who)
         self._loss = Gradient(place.flat(loss), place.leaves)
@@ -196,10 +219,62 @@ class GaussNewton:
         weighed = self._loss.product(pushed, is_last=is_last, is_block=is_block)
         return self._pull(weighed, is_last=is_last, is_block=is_block)
 
+    def pushed(self, tangents: Tensors) -> Tensors | None:
+        """Return None: there is no other way."""
+        return None
+
     def bytes_of_a_product(self) -> int:
         """Estimate, from above, what one more vector in a block needs."""
         parts = (self._push, self._pull, self._loss)
         return max(part.bytes_of_a_product() for part in parts)
+
+
+def _by_dual_numbers(
+    flat: Flat, loss: Callable[[Any], Any], leaves: Tensors, vectors: Tensors
+) -> tuple[Tensors, Tensors] | None:
+    """Multiply with a Gauss-Newton matrix once; None where that would not do."""
+    if is_within_transforms() or is_under_way((*leaves, *vectors)):
+        return None
+    try:
+        with in_both_modes() as running:
+            inputs = [usable(leaf).detach().requires_grad_() for leaf in leaves]
+            moves = [usable(vector).detach() for vector in vectors]
+            duals = [*map(forward_ad.make_dual, inputs, moves)]
+            with running():
+                outputs, aux = flat(*duals)
+            pairs = [forward_ad.unpack_dual(out) for out in outputs]
+            aux = [forward_ad.unpack_dual(tensor).primal for tensor in aux]
+    except RuntimeError:  # it has no forward mode, or fails in the other way as well
+        return None
+    outputs = [pair.primal for pair in pairs]
+    run = Run(inputs, outputs, aux, False, partial(plainly, 1))
+    if not outputs:
+        return None
+    if torch.is_grad_enabled() and captures(run):
+        return _by_graphs(flat, loss, leaves, vectors, run)
+    pushed = [
+        torch.zeros_like(primal) if tangent is None else tangent.detach()
+        for primal, tangent in pairs
+    ]
+    del pairs, duals
+    graph = Graph(run, outputs)
+    place = Primals((flat.output(graph.shown(outputs)),), 0, flat.primals.who)
+    weighed = Gradient(place.flat(loss), place.leaves).product(pushed, is_last=True)
+    try:
+        return graph.pulled_back(weighed, is_last=True), graph.shown(aux)
+    except RuntimeError:  # a checkpoint, which counts what is saved, of tangents too
+        return None
+
+
+def _by_graphs(
+    flat: Flat,
+    loss: Callable[[Any], Any],
+    leaves: Tensors,
+    vectors: Tensors,
+    run: Run | None = None,
+) -> tuple[Tensors, Tensors]:
+    matrix = GaussNewton(flat, loss, leaves, run)
+    return matrix.product(vectors, is_last=True), matrix.aux
 
 
 _MODES = ("auto", "reverse-over-reverse", "forward-over-reverse")

@@ -36,7 +36,8 @@ def named_solver(solve: str | Solve, who: str) -> Solve:
 
 def plain_cg(A: Product, b: Any, **options: Any) -> Any:
     """Solve with a symmetric positive definite matrix; see :func:`cg`."""
-    return cg(A, b, **{"rtol": _precision(b), **options})[0]
+    asked: dict[str, Any] = {"rtol": _precision(b), **options}
+    return cg(A, b, **asked)[0]
 
 
 def normal_cg(A: Product, b: Any, **options: Any) -> Any:

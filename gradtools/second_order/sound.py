@@ -4,18 +4,26 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
+from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 
 from gradtools import torch_compat
 from gradtools.lowering.boundary import is_tracing
-from gradtools.second_order.stand_ins import StandIns, StandInsOfForwardMode
+from gradtools.second_order.stand_ins import (
+    OneJacobian,
+    StandIns,
+    StandInsOfForwardMode,
+)
 
 __all__ = [
     "has_no_forward_mode",
+    "in_both_modes",
     "in_forward_mode",
     "is_under_way",
     "is_within_transforms",
@@ -46,7 +54,7 @@ def is_under_way(tensors: Iterable[torch.Tensor]) -> bool:
     )
 
 
-def plainly(order: int) -> contextlib.AbstractContextManager[Any]:
+def plainly(order: int) -> AbstractContextManager[Any]:
     """Return the context for plain autograd, also in inference mode.
 
     What else torch does wrongly shows in the graph, see :class:`.Pullback`: a context
@@ -62,26 +70,42 @@ def plainly(order: int) -> contextlib.AbstractContextManager[Any]:
 
 
 @contextlib.contextmanager
-def _out_of_inference_mode(order: int) -> Iterator[None]:
+def _out_of_inference_mode(order: int) -> Generator[None]:
     with torch.inference_mode(False), plainly(order):
         yield
 
 
 @contextlib.contextmanager
-def within_transforms() -> Iterator[None]:
+def within_transforms() -> Generator[None]:
     """Run functions under torch.func, or under the eyes of torch.compile."""
     with _with_stand_ins(StandIns()):
         yield
 
 
 @contextlib.contextmanager
-def in_forward_mode() -> Iterator[None]:
+def in_forward_mode() -> Generator[None]:
     """Run functions in forward mode, in one thread at a time.
 
     torch has one level of it for all threads of a process.
     """
     with _one_at_a_time, _with_stand_ins(StandInsOfForwardMode()):
         yield
+
+
+@contextlib.contextmanager
+def in_both_modes() -> Generator[Callable[[], AbstractContextManager[None]]]:
+    """Take a derivative in forward mode and one in reverse mode, of one run.
+
+    Yields:
+        The context for the run itself.
+    """
+    with (
+        _one_at_a_time,
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        forward_ad.dual_level(),
+    ):
+        yield partial(_with_stand_ins, OneJacobian())
 
 
 def usable(tensor: torch.Tensor) -> torch.Tensor:
@@ -104,7 +128,7 @@ _WITHOUT_FORWARD_MODE = (
 
 
 @contextlib.contextmanager
-def _with_stand_ins(stand_ins: TorchFunctionMode) -> Iterator[None]:
+def _with_stand_ins(stand_ins: TorchFunctionMode) -> Generator[None]:
     if is_tracing():  # the graph of a trace must not throw switches
         with stand_ins:
             yield

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ParamSpec, TypeAlias
 
 import torch
 
@@ -20,14 +20,15 @@ from gradtools.second_order.sound import (
 
 __all__ = ["grad", "hessian", "jacfwd", "jacrev", "value_and_grad", "vmap"]
 
-Function = Callable[..., Any]
+P = ParamSpec("P")
+Function: TypeAlias = Callable[P, Any]
 
 vmap = torch.func.vmap
 
 
 def grad(
-    f: Function, argnums: int | tuple[int, ...] = 0, *, has_aux: bool = False
-) -> Function:
+    f: Function[P], argnums: int | tuple[int, ...] = 0, *, has_aux: bool = False
+) -> Function[P]:
     """Return the function that computes the gradient of a scalar function.
 
     Unlike ``torch.func.grad`` it takes code that keeps buffers, checkpoints, or uses
@@ -61,8 +62,8 @@ def grad(
 
 
 def value_and_grad(
-    f: Function, argnums: int | tuple[int, ...] = 0, *, has_aux: bool = False
-) -> Function:
+    f: Function[P], argnums: int | tuple[int, ...] = 0, *, has_aux: bool = False
+) -> Callable[P, tuple[Any, Any]]:
     """Return the function that computes a scalar function and its gradient.
 
     Args:
@@ -96,12 +97,12 @@ def value_and_grad(
 
 
 def jacrev(
-    f: Function,
+    f: Function[P],
     argnums: int | tuple[int, ...] = 0,
     *,
     has_aux: bool = False,
     chunk_size: int | None = None,
-) -> Function:
+) -> Function[P]:
     """Return the function that computes a Jacobian by reverse mode.
 
     It is ``torch.func.jacrev``, and right where that is differentiated again.
@@ -137,12 +138,12 @@ def jacrev(
 
 
 def jacfwd(
-    f: Function,
+    f: Function[P],
     argnums: int | tuple[int, ...] = 0,
     *,
     has_aux: bool = False,
     randomness: str = "error",
-) -> Function:
+) -> Function[P]:
     """Return the function that computes a Jacobian by forward mode.
 
     It is ``torch.func.jacfwd``, except where the result is differentiated in its turn
@@ -189,8 +190,8 @@ def jacfwd(
 
 
 def hessian(
-    f: Function, argnums: int | tuple[int, ...] = 0, *, has_aux: bool = False
-) -> Function:
+    f: Function[P], argnums: int | tuple[int, ...] = 0, *, has_aux: bool = False
+) -> Function[P]:
     """Return the function that computes a Hessian, by reverse over reverse.
 
     ``torch.func.hessian`` goes forward over reverse, which is silently wrong for
@@ -224,10 +225,10 @@ def hessian(
     return reverse_over_reverse
 
 
-def _named(what: str, f: Function) -> Callable[[Function], Function]:
+def _named(what: str, f: Function[...]) -> Callable[[Function[P]], Function[P]]:
     """Give a function the documentation of the one that it is made of."""
 
-    def decorate(function: Function) -> Function:
+    def decorate(function: Function[P]) -> Function[P]:
         functools.update_wrapper(function, f)
         function.__qualname__ = f"{what} of {getattr(f, '__qualname__', f)}"
         return function

@@ -547,7 +547,7 @@ def measure(effort: Effort, is_quick: bool = False) -> Part:
 
 def hopeless(runs: Mapping[str, Run], effort: Effort) -> dict[str, float]:
     """Return the seconds of those that are far behind: no race needs to show it."""
-    clock = effort.race(1).clock
+    clock = effort.race_of_processors(1).clock
     seconds = {name: min(clock(run, 1) for _ in range(2)) for name, run in runs.items()}
     best = min(seconds.values())
     return {
@@ -565,7 +565,7 @@ def of_job(job: str, work: Workload, effort: Effort) -> list[Row]:
     once = {GRADIENT: lambda: gradient(work.params)}
     slow = hopeless(right, effort)
     racing = {name: run for name, run in right.items() if name not in slow}
-    race = effort.race(max(3, most))._replace(warm_up=2)
+    race = effort.race_of_processors(max(3, most))._replace(warm_up=2)
     found = race.run({**racing, **once})
     peers = [name for name in racing if name != GRADTOOLS]
     fastest = min(peers, key=lambda name: found.time(name).value)

@@ -152,7 +152,7 @@ def measure(effort: Effort) -> Part:
     runs = contenders(effort.device)
     wanted = {key: p.double().cpu() for key, p in runs[BY_HAND]().items()}
     right = {n: run for n, run in runs.items() if distance(run(), wanted) < 1e-4}
-    found = effort.race(max(3, effort.rounds // 4)).run(right)
+    found = effort.race_of_processors(max(3, effort.rounds // 4)).run(right)
     names = SECTION, WORK, "perceptron"
     rows: list[Row] = [
         ledger.row(*names, GRADTOOLS, name, "ratio", found.ratio(GRADTOOLS, name))

@@ -465,8 +465,11 @@ def curvature(found: Sequence[History]) -> str:
     return section(
         "Second order",
         "Each product beside every other spelling on the same workload; what raises "
-        "there, or is off by more than a thousandth, does not count. Peaks are of "
-        "what is alive at once, to the byte. An empty cell: not right there.",
+        "there, or is off by more than a thousandth, does not count. On the CPU, times "
+        "are those that a processor was at work for the thread, which other work on "
+        "the machine does not count into (runs before 2026-11-26: by the clock on the "
+        "wall). Peaks are of what is alive at once, to the byte. An empty cell: not "
+        "right there.",
         "\n".join((*bodies, table(head, lines))) if mine else "",
     )
 

@@ -57,6 +57,13 @@ class Effort:
         """Return a race of so many rounds."""
         return timing.Race(rounds, clock=timing.stopwatch(self.device))
 
+    def race_of_processors(self, rounds: int) -> timing.Race:
+        """Return one that does not see what else the machine does."""
+        race = self.race(rounds)
+        return (
+            race if self.device == "cuda" else race._replace(clock=timing.by_processor)
+        )
+
 
 def measure(effort: Effort) -> Part:
     """Measure plain reverse mode."""

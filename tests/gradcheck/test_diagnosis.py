@@ -211,7 +211,31 @@ TABLE = {
         spoilt(lambda c: c / 0 * 0),
         (X, W),
         "not finite",
-        "20 of its numbers are NaN|numbers are NaN",
+        "20 of its numbers are NaN",
+        "args.x",
+    ),
+    "softmax without its sum": (
+        lambda x: torch.softmax(x, 0),
+        lambda r, g: g * r[1],
+        (X,),
+        "term",
+        "along dimension 0 it is proportional to the output$",
+        "args.x",
+    ),
+    "log_softmax summed over the wrong dimension": (
+        lambda x: torch.log_softmax(x, 1),
+        lambda r, g: g - r[1].exp() * g.sum(0, keepdim=True),
+        (numbers(5, 5),),
+        "term",
+        "a term is missing, or there is one too many$",
+        "args.x",
+    ),
+    "centred with the wrong sign": (
+        lambda x: x - x.mean(1, keepdim=True),
+        lambda r, g: g + g.mean(1, keepdim=True),
+        (numbers(5, 6),),
+        "term",
+        "along dimension 1 it is constant, as a mean or a sum is$",
         "args.x",
     ),
     "a term like the argument": (
@@ -384,3 +408,8 @@ def test_the_pictures_data_of_a_right_rule_agree():
         assert item.shape == (4, 5)
         assert item.places.tolist() == list(range(20))
         assert_close(item.analytic, item.reference)
+
+
+def test_half_of_a_derivative_of_two_numbers_is_no_mean():
+    error, _ = caught(lambda x: 2 * x, lambda r, g: g, (numbers(2),))
+    assert error.what.endswith("it is 0.5 times what it should be")

@@ -282,3 +282,12 @@ def test_a_probe_of_another_number_of_arguments_is_an_error(values):
     assert caught.value.violations[0].where == "probe()"
     with pytest.raises(gt.DefinitionError, match=match):
         rule.gradcheck(spread(3))
+
+
+def test_gradcheck_without_arguments_takes_those_of_the_probe():
+    rule = stated(tanh, COS, probe=lambda: torch.full((3,), 0.5))
+    with pytest.raises(gt.GradientMismatchError):
+        rule.gradcheck()
+    rule = stated(tanh, lambda x: 1 - torch.tanh(x) ** 2, probe=lambda: spread(3))
+    report = rule.gradcheck()
+    assert (report.outcome, report.signature) == ("passed", "x: (3,) float64")

@@ -194,6 +194,86 @@ def test_an_edit_of_what_needs_no_gradient_is_part_of_the_function():
     assert "fun edits args.count in place" in str(report)
 
 
+def test_an_edit_that_is_idempotent_is_found_as_well():
+    def fwd(x):
+        x.data.clamp_(min=0)  # the second run changes nothing any more
+        return x.clone(), (x,)
+
+    rule = stated(
+        fun=lambda x: x.clamp(min=0),
+        fwd=fwd,
+        bwd=lambda residuals, g: g * (residuals[0] > 0),
+    )
+    x = torch.tensor([-1.0, 2.0, 3.0])
+    fails_at_the_first_call(
+        rule, "in place", r"fwd changes args\.x in place", x.clone().requires_grad_()
+    )
+
+
+# What reaches bwd past the residuals.
+
+
+class Shelf:
+    pass
+
+
+def handed_over(way):
+    """Return a rule whose bwd finds the argument where fwd has left it."""
+    shelf = Shelf()
+    put, get = {
+        "a dict": (vars(shelf).update, lambda: shelf.x),
+        "an attribute": (lambda x: setattr(shelf, "x", x), lambda: shelf.x),
+    }[way]
+
+    def fwd(x):
+        put(x=x.detach()) if way == "a dict" else put(x.detach())
+        return torch.sin(x), ()
+
+    return stated(fwd=fwd, bwd=lambda residuals, g: g * get().cos())
+
+
+@pytest.mark.parametrize("way", ["a dict", "an attribute"])
+def test_what_fwd_leaves_outside_of_the_residuals_is_found(way):
+    error = fails_at_the_first_call(
+        handed_over(way), "state", r"args\.x depends on which call of fwd came last"
+    )
+    assert "among the residuals" in error.fix
+
+
+def test_what_is_left_of_an_argument_without_a_gradient_is_found_as_well():
+    shelf = Shelf()
+
+    def fwd(x, w):
+        shelf.w = w
+        return x * w, ()
+
+    rule = stated(fun=lambda x, w: x * w, fwd=fwd, bwd=lambda _, g: (g * shelf.w, None))
+    fails_at_the_first_call(
+        rule, "state", "came last", points().requires_grad_(), points()
+    )
+
+
+def test_a_tensor_inside_an_opaque_residual_is_watched_for_edits():
+    def fwd(x):
+        shelf = Shelf()
+        shelf.x = x
+        return torch.sin(x), shelf
+
+    rule = stated(fwd=fwd, bwd=lambda shelf, g: g * shelf.x.cos())
+    leaf = points().requires_grad_()
+    x = leaf * 1.0
+    rule(x).sum().backward()
+    assert torch.equal(leaf.grad, points().cos())
+    out = rule(x)
+    with torch.no_grad():
+        x.add_(1)
+    with pytest.raises(gt.TransformError, match="changed in place after fwd") as caught:
+        out.sum().backward()
+    assert caught.value.violations == (
+        ("residuals, a Shelf (x)", "a tensor at version 0", "version 1"),
+    )
+
+
 # Random numbers.
 
 

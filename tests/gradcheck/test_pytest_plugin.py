@@ -172,3 +172,9 @@ def test_workers_add_up(session):
             "  wrong: cube at test_*.py:*",
         ]
     )
+
+
+def test_a_misspelled_policy_names_the_right_ones(session):
+    result = session("def test_nothing(): pass", "--gradtools=alwys")
+    result.stderr.re_match_lines([".*invalid choice: 'alwys'.*'?first'?, '?always'?"])
+    assert result.ret != 0

@@ -167,11 +167,11 @@ def test_an_unknown_policy_is_an_error(monkeypatch):
     with pytest.raises(gt.DefinitionError, match="'never', which is none of 'first'"):
         gt.gradcheck_policy("never")
     monkeypatch.setenv("GRADTOOLS_GRADCHECK", "sometimes")
-    policy._from_environment.cache_clear()
+    policy.from_environment.cache_clear()
     with pytest.raises(gt.DefinitionError, match="GRADTOOLS_GRADCHECK asks for"):
         sine()(x().requires_grad_())
     monkeypatch.undo()
-    policy._from_environment.cache_clear()
+    policy.from_environment.cache_clear()
 
 
 def test_is_checking_tells_a_check_from_a_call():

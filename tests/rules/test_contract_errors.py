@@ -35,7 +35,7 @@ WHOLE = "a tuple of 3 (x, b, n), or a dict by name"
         (lambda g: (g,) * 4, "return", WHOLE, "a tuple of 4", "one cotangent per"),
         (lambda g: g, "return", WHOLE, "a tensor of shape", "one cotangent per"),
         (lambda g: "text", "return", WHOLE, "a value of type str", "one cotangent per"),
-        (lambda g: {"y": g}, "return", "x, b, n", "'y'", "Correct the name"),
+        (lambda g: {"y": g}, "return", "x, b, n", "'y'", "Use one of 'x', 'b', 'n'"),
         # A shape that broadcasts to the right one, and a number that would.
         (lambda g: (g, g, None), "args.b", "(3,)", "(2, 3)", "Sum over"),
         (lambda g: (g[:1], None, None), "args.x", "(2, 3)", "(1, 3)", "shape"),

@@ -95,6 +95,13 @@ def test_no_forward_mode_of_the_others(name):
         torch.func.jvp(IDENTITIES[name][0], (X,), (G,))
 
 
+@pytest.mark.parametrize("bounds", [(0.1,), (1, -1), (None, -0.1), (0.1, 0.2)])
+def test_a_clip_after_which_no_gradient_could_vanish_is_refused(bounds):
+    with pytest.raises(gt.DefinitionError, match="no 0 between the bounds") as caught:
+        gt.clip_grad(X.clone().requires_grad_(), *bounds)
+    assert "Give both bounds" in caught.value.fix
+
+
 def test_stop_gradient_is_constant_in_forward_mode_too():
     out, tangent = torch.func.jvp(lambda x: x * gt.stop_gradient(x), (X,), (G,))
     assert_close((out, tangent), (X * X, X * G))

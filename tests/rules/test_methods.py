@@ -195,7 +195,7 @@ def test_an_object_that_holds_a_rule_is_copied_with_the_rule_itself():
 
 def test_repr_names_rule_and_instance():
     assert repr(Gain.with_self).startswith(f"<CustomVJP with_self ({__file__}:")
-    assert repr(Gain.with_self).endswith(": fwd, bwd>")
+    assert repr(Gain.with_self).partition("\n")[0].endswith(": fwd, bwd>")
     assert repr(Gain(3.0).with_self).startswith("<bound <CustomVJP with_self")
     assert repr(Gain(3.0).with_self).endswith("of Gain(3.0)>")
 

@@ -106,9 +106,12 @@ def test_numpy_code_is_vectorized_by_other_means(mode):
 
 @pytest.mark.on_cpu
 def test_numpy_code_under_torchs_own_vmap_raises_with_a_note():
-    with pytest.raises(RuntimeError, match="data pointer") as caught:
-        vmap(derivative(numpy_rule("auto")))(B)
-    assert "of the rule fun (" in caught.value.__notes__[0]
+    for f in (derivative(numpy_rule("auto")), numpy_rule("auto")):
+        with pytest.raises(RuntimeError, match="data pointer") as caught:
+            vmap(f)(B)
+        (note,) = caught.value.__notes__
+        assert "of the rule fun (" in note
+        assert note.endswith('takes custom_vjp(vmap="sequential")')
 
 
 def test_an_unknown_mode_is_an_error_of_definition():

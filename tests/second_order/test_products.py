@@ -319,3 +319,11 @@ def test_an_operator_that_torch_cannot_differentiate_twice_is_named():
     labels = torch.tensor([0, 1, 2, 0])
     with pytest.raises(RuntimeError, match="multi_margin_loss_backward"):
         gt.hvp(lambda s: functional.multi_margin_loss(s, labels), (scores,), (scores,))
+
+
+def test_primals_and_tangents_may_both_be_lists():
+    x, v = torch.randn(3), torch.randn(3)
+    f = lambda x, y: (x**3 * y).sum()
+    as_lists = gt.hvp(f, [x, x], [v, v])
+    torch.testing.assert_close(as_lists, gt.hvp(f, (x, x), (v, v)))
+    torch.testing.assert_close(as_lists[0], 6 * x * x * v + 3 * x * x * v)

@@ -24,10 +24,15 @@ def test_newtons_method_finds_the_optimum_of_scikit_learn(example):
     assert found["loss"] == pytest.approx(found["loss of scikit-learn"], abs=1e-10)
 
 
-def test_meta_learning_helps_and_both_meta_gradients_agree(example):
+def test_meta_learning_helps(example):
     found = example("maml").main(steps=20, judged=60)
     assert found["learned"] > found["random start"] + 0.03
+
+
+def test_the_implicit_meta_gradient_is_that_of_the_unrolled_steps(example):
+    found = example("implicit_maml").found
     assert found["cosine"] > 0.9999
+    assert found["loss after, from a start that has learned"] < found["loss after"] / 3
 
 
 def test_sharpness_comes_to_the_edge_of_stability(example, tmp_path):

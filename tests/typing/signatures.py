@@ -1,10 +1,11 @@
-"""A rule keeps the signature of its function: for a type checker, not to be run."""
+"""A rule keeps the signature of its function: for type checkers, not to be run."""
 
-from typing import assert_type
+from typing import Any, assert_type
 
 import torch
 
 import gradtools as gt
+from gradtools.testing import check_grads
 
 
 @gt.custom_vjp
@@ -23,6 +24,18 @@ def called(x: torch.Tensor, *, name: str) -> tuple[torch.Tensor, int]:
 def forward(x: torch.Tensor) -> torch.Tensor:
     """A rule of forward mode."""
     return x
+
+
+@gt.custom_root(lambda x, a: x**2 - a, solve="cg")
+def square_root(init: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
+    """A solver with a derivative."""
+    return a.sqrt()
+
+
+@gt.gradcheck_policy("off")
+def unchecked(x: torch.Tensor, times: int) -> torch.Tensor:
+    """A function under a policy."""
+    return times * x
 
 
 class Layer:
@@ -49,8 +62,26 @@ def check(x: torch.Tensor, layer: Layer) -> None:
     assert_type(layer.scaled(x, 3), torch.Tensor)
     assert_type(bwd((), x), torch.Tensor)
     assert_type(gt.clip_grad(x, -1.0, 1.0), torch.Tensor)
-    bare(x, "a")  # pyright: ignore[reportArgumentType]
-    bare(x, other=1)  # pyright: ignore[reportCallIssue]
-    called(x)  # pyright: ignore[reportCallIssue]
-    layer.scaled(x, "a")  # pyright: ignore[reportArgumentType]
-    gt.custom_vjp(vmap="serial")  # pyright: ignore[reportArgumentType, reportCallIssue]
+    assert_type(square_root(x, a=x), torch.Tensor)
+    assert_type(unchecked(x, 2), torch.Tensor)
+    assert_type(gt.straight_through(torch.sign)(x), torch.Tensor)
+    assert_type(bare.gradcheck(x, factor=3.0).outcome == "passed", bool)
+    assert_type(check_grads(bare, (x,)).seconds, float)
+    assert_type(gt.value_and_grad(bare)(x, factor=2.0), tuple[Any, Any])
+    assert_type(gt.hvp_fn(bare, x).value, torch.Tensor)
+    assert_type(gt.hessian_trace(bare, x).stderr, Any)
+    gt.grad(bare)(x, 3.0)
+
+
+def refused(x: torch.Tensor, layer: Layer) -> None:
+    """What no call may say: each line is an error, and of which kind."""
+    bare(x, "a")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    bare(x, other=1)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
+    called(x)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
+    layer.scaled(x, "a")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    bare.gradcheck(x, "a")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    square_root(x)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
+    unchecked(x, "a")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    gt.grad(bare)(x, other=1)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
+    gt.hvp(bare, (x,), (x,), mdoe="auto")  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
+    gt.custom_vjp(vmap="serial")  # type: ignore[call-overload]  # pyright: ignore[reportArgumentType]

@@ -1,0 +1,85 @@
+"""What Dynamo is asked while it traces: answers that are constants to the trace.
+
+Nothing here imports ``torch._dynamo`` before there is a trace.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from gradtools import torch_compat
+
+__all__ = [
+    "at_trace_time",
+    "goes_through_aot",
+    "is_exporting_here",
+    "is_moving",
+    "level_is_outside",
+    "must_cross",
+]
+
+
+def at_trace_time(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Have Dynamo run a function while it traces, and take its result as a constant.
+
+    This is ``torch.compiler.assume_constant_result`` without its import of Dynamo.
+    """
+    marked: Any = function
+    marked._dynamo_marked_constant = True
+    return function
+
+
+@at_trace_time
+def must_cross() -> bool:
+    """Whether Dynamo's own treatment of a Function would be wrong."""
+    return torch_compat.transforms_active() or not goes_through_aot()
+
+
+@at_trace_time
+def level_is_outside() -> bool:
+    """Whether AOT autograd would compile without the tangents that will come in."""
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+
+    graphs = [
+        tracer.graph for tracer in InstructionTranslator.current_tx().output.tracers
+    ]
+    opened = (
+        "_enter_dual_level" in str(node.target) for g in graphs for node in g.nodes
+    )
+    return goes_through_aot() and not any(opened)
+
+
+def goes_through_aot() -> bool:
+    """Whether the backend of the running trace hands its graph to AOT autograd."""
+    from torch._dynamo.backends.common import AotAutograd
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+
+    backend: Any = InstructionTranslator.current_tx().output.compiler_fn
+    while backend is not None:
+        name = getattr(backend, "__name__", None) or type(backend).__name__
+        if name.startswith("aot_") or "Inductor" in name or name in _AOT_BACKENDS:
+            return True
+        if isinstance(backend, AotAutograd):
+            return True
+        backend = getattr(backend, "_torchdynamo_orig_backend", None) or getattr(
+            backend, "compiler_fn", None
+        )
+    return False
+
+
+_AOT_BACKENDS = frozenset({"inductor", "cudagraphs", "openxla"})
+
+
+@at_trace_time
+def is_exporting_here() -> bool:
+    """Whether torch.export traces (torch 2.11 answers True to traced code, always)."""
+    return torch.compiler.is_exporting()
+
+
+@at_trace_time
+def is_moving() -> bool:
+    """Whether forward mode is active where the rule is called."""
+    return torch_compat.forward_ad_active()
