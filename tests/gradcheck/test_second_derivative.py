@@ -138,3 +138,23 @@ def test_it_is_not_asked_of_rules_that_claim_none(options):
     other = stated(rule.rule.fun, rule.rule.fwd, rule.rule.bwd, **options)
     report = other.gradcheck(x())
     assert report.outcome == "passed"
+
+
+def test_a_second_derivative_of_zero_is_known_in_single_precision():
+    @gt.external(out=lambda g, x: torch.empty_like(g), numpy=True, dtypes=torch.float32)
+    def scaled(g, x):
+        return g * x
+
+    @scaled.def_bwd
+    def _(residuals, c):
+        ((g, x), _) = residuals
+        return scaled(c, x), scaled(g, c)
+
+    g = torch.ones(5, dtype=torch.float32, requires_grad=True)
+    x = torch.linspace(-2, 2, 5, dtype=torch.float32)
+    out = scaled(g, x) ** 2
+    (first,) = torch.autograd.grad(out.sum(), g, create_graph=True)
+    (second,) = torch.autograd.grad(first.sum(), g)
+    torch.testing.assert_close(second, 2 * x**2)
+    (report,) = scaled.reports
+    assert report.outcome == "passed"
