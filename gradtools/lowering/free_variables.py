@@ -134,7 +134,7 @@ _LIBRARIES = _CHECKERS_OF_TYPES | {
     *("einops", "opt_einsum", "scipy", "tensordict"),
 }
 # Dynamo cannot look into their objects, and no number of the user's is there.
-_NO_VALUES = _CHECKERS_OF_TYPES | {"typing", "inspect", "re"}
+_NO_VALUES = _CHECKERS_OF_TYPES | {"typing", "inspect", "re", "ctypes"}
 
 
 def is_library(value: Any) -> bool:

@@ -3,6 +3,8 @@
 The rules here are markers: ten times the derivative, which only they can give.
 """
 
+import ctypes
+import ctypes.util
 import gc
 import subprocess
 import sys
@@ -240,6 +242,20 @@ def test_forward_mode_of_an_exported_program_is_an_error_and_no_zero():
     module = exported(X, W).module()
     with pytest.raises(gt.TransformError, match="forward mode reached the operator"):
         torch.func.jvp(module, (X, W), (X, W))
+
+
+LIBM = ctypes.CDLL(ctypes.util.find_library("m"))
+LIBM.sin.restype, LIBM.sin.argtypes = ctypes.c_double, [ctypes.c_double]
+
+
+def test_a_global_library_of_ctypes_is_no_obstacle_under_a_transform():
+    @gt.external(out=like)
+    def sine(x):
+        return torch.tensor([LIBM.sin(v) for v in x.tolist()], dtype=x.dtype)
+
+    sine.def_bwd(lambda residuals, g: 10 * g * torch.cos(residuals[0][0]))
+    step = compiled(torch.func.grad(lambda x: sine(x).sum()))
+    assert_close(step(X), 10 * torch.cos(X))
 
 
 def test_strict_export_is_an_error_with_a_name():
