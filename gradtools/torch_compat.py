@@ -23,7 +23,6 @@ from torch._functorch.vmap import vmap_increment_nesting
 from torch._subclasses import fake_tensor
 from torch.autograd import forward_ad
 from torch.autograd.function import _SingleLevelFunction
-from torch.autograd.graph import _engine_run_backward
 
 __all__ = [
     "AtOneLevel", "GradLevel", "VmapLevel", "apply_of", "asks_for_values",
@@ -63,7 +62,7 @@ def unwrapped_to(level: int, tensor: torch.Tensor) -> Iterator[torch.Tensor]:
 is_wrapped: Callable[[torch.Tensor], bool] = _functorch.is_functorch_wrapped_tensor
 """Whether a tensor belongs to a torch.func transform."""
 
-run_backward: Callable[..., Any] = _engine_run_backward  # without a check of shapes
+run_backward: Callable[..., Any] = torch.autograd.graph._engine_run_backward
 graph_is_kept: Callable[[], bool] = _autograd._get_current_graph_task_keep_graph
 """Inside a backward: whether the user asked for ``retain_graph``."""
 
