@@ -31,7 +31,7 @@ DIFFERENCES = "finite-differences"
 
 
 class External(CustomVJP[P, R]):
-    """A function that torch cannot see into; made by :func:`external`."""
+    """A function that torch cannot see into; made by :func:`.external`."""
 
     __slots__ = ("kernel",)
 
@@ -81,7 +81,7 @@ def external(
     A kernel in C, C++, CUDA or Triton, a function of numpy's or scipy's, a simulator:
     it is called with tensors that have values, no graph and their numbers in a row, and
     returns new ones. Its gradient is a rule like any other, with the methods of
-    :class:`custom_vjp`; under ``torch.compile`` and ``torch.export`` it is an operator
+    :func:`custom_vjp`; under ``torch.compile`` and ``torch.export`` it is an operator
     that is not looked into.
 
     Verified on every call: that the output is what ``out`` says, shares no memory with
@@ -118,7 +118,7 @@ def external(
         probe: Likewise.
 
     Returns:
-        The function, with the methods of :class:`CustomVJP`; or, without a function, a
+        The function, with the methods of :class:`.CustomVJP`; or, without a function, a
         decorator.
 
     Raises:

@@ -28,7 +28,7 @@ __all__ = ["Lifted", "lift"]
 
 
 class Lifted(CustomVJP[..., Any]):
-    """A Function class as a rule; made by :func:`lift`.
+    """A Function class as a rule; made by :func:`.lift`.
 
     Attributes:
         function: The class.
@@ -131,7 +131,7 @@ def lift(
 
     Returns:
         A callable with the arguments of ``function.apply``, which may be given by name
-        as well, and the methods of :class:`CustomVJP`.
+        as well, and the methods of :class:`.CustomVJP`.
 
     Raises:
         DefinitionError: It is no Function class, or an option means nothing.
