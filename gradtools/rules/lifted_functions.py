@@ -24,7 +24,13 @@ from gradtools.rules.function_class import (
 )
 from gradtools.rules.marked_inputs import Aliases, answered, marked
 from gradtools.rules.marked_outputs import Bits
-from gradtools.rules.recorded_context import Context, Outputs, kept, restored
+from gradtools.rules.recorded_context import (
+    Context,
+    Outputs,
+    TracedContext,
+    kept,
+    restored,
+)
 from gradtools.rules.sharing import (
     bared,
     exchanged,
@@ -75,6 +81,10 @@ def _runner(parts: FunctionParts, *, edits: bool) -> Run:
     return run
 
 
+def _context(function: type, flags: tuple[bool, ...]) -> Context:
+    return TracedContext(function, flags) if is_tracing() else Context(function, flags)
+
+
 def _dirty(function: type, where: str) -> DefinitionError:
     name = function.__name__
     return DefinitionError(
@@ -99,7 +109,7 @@ def make_fun(parts: FunctionParts, *, edits: bool) -> Callable[..., Any]:
     def fun(*args: Any, **kwargs: Any) -> Any:
         if kwargs or len(args) < len(defaults):
             args = _bound(function.__name__, defaults, args, kwargs)
-        context = Context(function, (False,) * len(args))
+        context = _context(function, (False,) * len(args))
         out, _ = run(context, args)
         return Bits.hide(out, context.non_differentiable)
 
@@ -137,7 +147,7 @@ def make_fwd(
         if not all(isinstance(need, bool) for need in needs):
             rest = (f"args[{index}]" for index in range(len(needs) - len(named)))
             refuse_needs_inside(function, where, [*named, *rest], needs)
-        context = Context(function, _flags(needs, nondiff))
+        context = _context(function, _flags(needs, nondiff))
         out, aliases = run(context, args)
         outputs = Outputs.of(context, out)
         saved, for_jvp, attributes = kept(context, args, aliases, moving=moving)
@@ -165,7 +175,7 @@ def make_bwd(
         sharing = tuple(attributes.values())
         # No more than forward knew of, which a check of other arguments may ask for.
         flags = zip(_flags(needs, nondiff), outputs.wanted, strict=True)
-        context = Context(function, tuple([now and then for now, then in flags]))
+        context = _context(function, tuple([now and then for now, then in flags]))
         restored(context, saved, dict(zip(attributes, bared(sharing), strict=True)))
         cotangents = outputs.cotangents(cotangent)
         if edits:
@@ -209,7 +219,7 @@ def make_jvp(
             primals = _merged(primals, nondiff, front)
             tangents = _merged(tangents, nondiff, [None] * len(front))
         flags = [isinstance(tangent, torch.Tensor) for tangent in tangents]
-        context = Context(function, _flags(flags, nondiff))
+        context = _context(function, _flags(flags, nondiff))
         if has_bwd:  # forward has run, perhaps where torch.func could not follow
             out, (_, saved, attributes, _, _) = recorded
             values = bared(tuple(attributes.values()))

@@ -40,9 +40,11 @@ class Aliases:
 
     def undone(self, value: Any) -> Any:
         """Return a value with the tensors themselves; one without aliases as it is."""
+        if not self.pairs:
+            return value
         if isinstance(value, torch.Tensor):
             return self.pairs.get(id(value), (value, value))[1]
-        if not self.pairs or trees.is_leaf(value):
+        if trees.is_leaf(value):
             return value
         if type(value) in (list, tuple):
             return type(value)([self.undone(x) for x in value])
@@ -102,9 +104,9 @@ class _Answers(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        if func == _REQUIRES_GRAD and id(args[0]) in self.answers:
+        if func == _FLAG.__get__ and id(args[0]) in self.answers:
             return self.answers[id(args[0])]
         return func(*args, **(kwargs or {}))
 
 
-_REQUIRES_GRAD = torch.Tensor.requires_grad.__get__
+_FLAG: Any = torch.Tensor.requires_grad

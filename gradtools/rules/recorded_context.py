@@ -17,7 +17,7 @@ from gradtools import torch_compat, trees
 from gradtools.lowering.residuals import Remark
 from gradtools.rules.marked_inputs import Aliases
 
-__all__ = ["Context", "Outputs", "kept", "restored"]
+__all__ = ["Context", "Outputs", "TracedContext", "kept", "restored"]
 
 
 class Context:
@@ -76,6 +76,25 @@ class Context:
     def set_materialize_grads(self, value: bool) -> None:
         """Take down whether backward gets zeros or None for an unused output."""
         self.materialize_grads = value
+
+
+class TracedContext(Context):
+    """A context for Dynamo, which in torch 2.11 cannot list what an object holds.
+
+    Attributes:
+        names: Of what the class has put on it.
+    """
+
+    __slots__ = ("names",)
+
+    def __init__(self, function: Any, needs_input_grad: tuple[bool, ...]) -> None:
+        object.__setattr__(self, "names", [])
+        super().__init__(function, needs_input_grad)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)
+        if name not in Context.__slots__ and name not in self.names:
+            self.names.append(name)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,8 +171,11 @@ def kept(
         The tensors for backward, those for jvp, and the attributes.
     """
     for_jvp = tuple(context.saved_for_forward) if moving else ()
-    # One by one: Dynamo of torch 2.11 does not know what dict(vars(...)) copies.
-    attributes = {name: value for name, value in vars(context).items()}  # noqa: C416
+    attributes = (
+        {k: getattr(context, k) for k in context.names if hasattr(context, k)}
+        if isinstance(context, TracedContext)
+        else dict(vars(context))
+    )
     found = tuple(context.to_save), for_jvp, attributes
     recording = torch.is_grad_enabled() and any(
         isinstance(arg, torch.Tensor) and arg.requires_grad for arg in args
@@ -188,7 +210,8 @@ def restored(
 ) -> Context:
     """Put back on a context what :func:`kept` took from one."""
     context.saved_tensors = tuple(_bare(value) for value in saved)
-    vars(context).update({name: _bared(value) for name, value in attributes.items()})
+    for name, value in attributes.items():
+        setattr(context, name, _bared(value))
     return context
 
 
