@@ -29,8 +29,8 @@ __all__ = [
     "AtOneLevel", "GradLevel", "VmapLevel", "alias", "apply_of",
     "attention_by_operators", "autocast_devices", "autocast_enabled",
     "bytes_of_gradients", "call_backward_directly", "clean_autograd", "dual_level",
-    "dual_level_announced", "dual_level_holder", "fake_tensors", "forward_ad_active",
-    "forward_ad_enabled",
+    "dual_level_announced", "dual_level_holder", "edited_outputs_lose_gradients",
+    "fake_tensors", "forward_ad_active", "forward_ad_enabled",
     "graph_is_kept", "has_tangent", "hint", "innermost_level", "innermost_transform",
     "is_at_open_level", "is_being_differentiated", "is_differentiated", "is_fake",
     "is_foreign_subclass", "is_view", "is_view_of", "is_wrapped", "keep",
@@ -150,6 +150,13 @@ def bytes_of_gradients(node: Any) -> int:
 _aten = torch.ops.aten
 attention_by_operators: Callable[..., Any] = _aten._scaled_dot_product_attention_math
 """scaled_dot_product_attention without a fused kernel; gives it and its weights."""
+
+
+edited_outputs_lose_gradients: bool = torch.__version__ < "2.13"
+"""In a trace of Dynamo's, of a Function whose forward edits in place what it returns.
+
+The gradient is zero then, without a sign. A view of the output has it.
+"""
 
 
 def is_being_differentiated() -> bool:

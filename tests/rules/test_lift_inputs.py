@@ -245,3 +245,23 @@ def test_one_tensor_in_two_places():
     (wanted,) = torch.autograd.grad((torch.nn.functional.silu(leaf) * leaf).sum(), leaf)
     assert_close(found, wanted)
     assert_close(leaf.detach(), X)
+
+
+def test_an_output_that_was_edited_in_place_has_its_gradient_in_a_trace(unchecked):
+    @gt.custom_vjp
+    def ten_times(x):
+        return x.exp()
+
+    @ten_times.def_fwd
+    def _(x):
+        out = x.clone().exp_()
+        return out, out
+
+    @ten_times.def_bwd
+    def _(out, g):
+        return 10 * g * out
+
+    leaf = X.clone().requires_grad_()
+    compiled = torch.compile(ten_times, backend="aot_eager", fullgraph=True)
+    (found,) = torch.autograd.grad(compiled(leaf).sum(), leaf)
+    assert_close(found, 10 * X.exp())
