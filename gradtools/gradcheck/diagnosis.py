@@ -37,11 +37,13 @@ class Culprit:
         trial: Where it was seen.
         place: The argument.
         along: The derivative along a direction that showed it, if one did.
+        excess: By how much a budget was left, in the place of that derivative.
     """
 
     trial: Trial
     place: int
     along: Comparison | None = None
+    excess: Violation | None = None
 
     @functools.cached_property
     def reference(self) -> Reference:
@@ -65,7 +67,7 @@ class Culprit:
         role = "bwd"
         function = rule.which("bwd" if rule.bwd is not None else "jvp")
         kind, says = sentence(self)
-        fix = _FIXES.get(kind, _FIX)
+        fix = _FIXES.get(kind, _FIX_OF_BUDGET if self.excess else _FIX)
         if isinstance(claimed, Surrogate):
             role = "the reference of its contract"
             function = f"reference ({place(claimed.reference)})"
@@ -90,6 +92,9 @@ class Culprit:
                 f"{_number(right)}, by {reference.source}",
                 f"{_number(said)}, off by {_percent(said, right)}{self.far}",
             )
+        if self.excess is not None:
+            yield self.excess
+            return
         item = self.along or self.along_any()
         if item is not None:
             yield Violation(
@@ -118,6 +123,7 @@ _FIX = (
     "Correct bwd; if it is meant to differ, declare contract=Surrogate(...) or "
     "Approximate(...)."
 )
+_FIX_OF_BUDGET = "Correct bwd, or declare the error that it has: Approximate(rel=...)."
 _FIX_OF_REFERENCE = (
     "Correct the reference: it is the derivative itself, what bwd was before it was "
     "deliberately changed."

@@ -30,6 +30,7 @@ __all__ = [
 ]
 
 FLAT = 1e-8  # to this part of the function a derivative of zero is known
+COARSE_FLAT = 1e-4  # likewise by a function that takes nothing finer than float32
 
 Tensors = Sequence[torch.Tensor]
 Optional = Sequence[torch.Tensor | None]
@@ -70,14 +71,18 @@ class Comparison:
 
     @property
     def is_conclusive(self) -> bool:
-        """Whether the differences mean anything.
-
-        Where nothing moves, to the last bit, they do in any precision.
-        """
-        if self.analytic == self.numeric == self.scale == 0:
-            return True
+        """Whether the differences mean anything."""
         fine = max(0.1 * self.scale, FLAT * self.size)
         return math.isfinite(self.numeric) and self.noise <= fine
+
+    @property
+    def vanishes(self) -> bool:
+        """Whether nothing moves at all, as far as numbers of single precision tell.
+
+        In double precision such a zero is conclusive.
+        """
+        still = self.analytic == self.numeric == 0
+        return still and 0 < self.noise <= COARSE_FLAT * self.size
 
 
 @dataclasses.dataclass(frozen=True)

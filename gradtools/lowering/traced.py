@@ -53,6 +53,8 @@ class Traced(Function):
         ctx.save_for_backward(*tensors)
         floating = tuple(out.is_floating_point() or out.is_complex() for out in outs)
         ctx.plan, ctx.layout = plan, Layout(outputs, structure, (), None, floating)
+        if torch_compat.edited_outputs_lose_gradients:
+            outs = [out.view_as(out) for out in outs]
         return (*outs, outputs)
 
     @staticmethod
@@ -224,6 +226,8 @@ def _forward(pattern: Pattern) -> Lines:
     ]
     yield f"    ctx.metas = {row(metas)}"
     outputs = names("o", pattern.outputs)
+    if torch_compat.edited_outputs_lose_gradients:
+        outputs = [f"{name}.view_as({name})" for name in outputs]
     yield f"    return {outputs[0] if pattern.outputs.kind is None else row(outputs)}"
     yield ""
 

@@ -6,6 +6,7 @@ keeps: ``(saved, saved for jvp, attributes, arguments of need, outputs)``.
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -21,8 +22,15 @@ from gradtools.rules.function_class import (
     refuse_needs_inside,
     refuse_nested,
 )
+from gradtools.rules.marked_inputs import Aliases, answered, marked
 from gradtools.rules.marked_outputs import Bits
-from gradtools.rules.recorded_context import Context, Outputs, kept, restored
+from gradtools.rules.recorded_context import (
+    Context,
+    Outputs,
+    TracedContext,
+    kept,
+    restored,
+)
 from gradtools.rules.sharing import (
     bared,
     exchanged,
@@ -31,7 +39,7 @@ from gradtools.rules.sharing import (
 
 __all__ = ["make_bwd", "make_fun", "make_fwd", "make_jvp"]
 
-Run = Callable[[Context, tuple[Any, ...]], Any]
+Run = Callable[[Context, tuple[Any, ...]], tuple[Any, Aliases]]
 _KIND = inspect.Parameter
 
 
@@ -41,10 +49,14 @@ def _runner(parts: FunctionParts, *, edits: bool) -> Run:
     function, where = parts.function, parts.where
     forward, setup_context = parts.forward, parts.setup_context
 
-    def run(context: Context, args: tuple[Any, ...]) -> Any:
-        given = bared(_copied(args) if edits else args)
+    def run(context: Context, args: tuple[Any, ...]) -> tuple[Any, Aliases]:
+        given, aliases = bared(_copied(args) if edits else args), Aliases()
+        answers: Any = contextlib.nullcontext()
+        if not is_tracing():  # Dynamo's way has the tensors that torch would hand over
+            given, aliases = marked(given, context.needs_input_grad)
+            answers = answered(given, context.needs_input_grad)
         try:
-            with exchanged(args, given):
+            with exchanged(args, given), answers:
                 if setup_context is None:
                     out = forward(context, *given)
                 else:
@@ -60,10 +72,17 @@ def _runner(parts: FunctionParts, *, edits: bool) -> Run:
         if context.dirty_tensors and not edits:
             raise _dirty(function, where)
         refuse_nested(function, where, out)
-        return out
+        if aliases:
+            out = aliases.undone(out)
+            context.non_differentiable = aliases.undone(context.non_differentiable)
+        return out, aliases
 
     run.__module__ = parts.function.__module__
     return run
+
+
+def _context(function: type, flags: tuple[bool, ...]) -> Context:
+    return TracedContext(function, flags) if is_tracing() else Context(function, flags)
 
 
 def _dirty(function: type, where: str) -> DefinitionError:
@@ -90,8 +109,9 @@ def make_fun(parts: FunctionParts, *, edits: bool) -> Callable[..., Any]:
     def fun(*args: Any, **kwargs: Any) -> Any:
         if kwargs or len(args) < len(defaults):
             args = _bound(function.__name__, defaults, args, kwargs)
-        context = Context(function, (False,) * len(args))
-        return Bits.hide(run(context, args), context.non_differentiable)
+        context = _context(function, (False,) * len(args))
+        out, _ = run(context, args)
+        return Bits.hide(out, context.non_differentiable)
 
     return _named(fun, parts, parts.forward, signature)
 
@@ -127,13 +147,13 @@ def make_fwd(
         if not all(isinstance(need, bool) for need in needs):
             rest = (f"args[{index}]" for index in range(len(needs) - len(named)))
             refuse_needs_inside(function, where, [*named, *rest], needs)
-        context = Context(function, _flags(needs, nondiff))
-        out = run(context, args)
-        outputs = Outputs.of(out, context.materialize_grads)
-        saved, for_jvp, attributes = kept(context, args, moving=moving)
+        context = _context(function, _flags(needs, nondiff))
+        out, aliases = run(context, args)
+        outputs = Outputs.of(context, out)
+        saved, for_jvp, attributes = kept(context, args, aliases, moving=moving)
         used: dict[int, Any] = {}
         if not is_tracing():  # Dynamo's way is for first derivatives
-            attributes, used = shared_attributes(attributes, args)
+            attributes, used = shared_attributes(attributes, args, aliases)
         out = Bits.hide(out, context.non_differentiable)
         return out, (saved, for_jvp, attributes, used, outputs)
 
@@ -153,7 +173,9 @@ def make_bwd(
         if used:
             saved, used = _wanting_gradients(saved, used, needs)
         sharing = tuple(attributes.values())
-        context = Context(function, _flags(needs, nondiff))
+        # No more than forward knew of, which a check of other arguments may ask for.
+        flags = zip(_flags(needs, nondiff), outputs.wanted, strict=True)
+        context = _context(function, tuple([now and then for now, then in flags]))
         restored(context, saved, dict(zip(attributes, bared(sharing), strict=True)))
         cotangents = outputs.cotangents(cotangent)
         if edits:
@@ -197,15 +219,15 @@ def make_jvp(
             primals = _merged(primals, nondiff, front)
             tangents = _merged(tangents, nondiff, [None] * len(front))
         flags = [isinstance(tangent, torch.Tensor) for tangent in tangents]
-        context = Context(function, _flags(flags, nondiff))
+        context = _context(function, _flags(flags, nondiff))
         if has_bwd:  # forward has run, perhaps where torch.func could not follow
             out, (_, saved, attributes, _, _) = recorded
             values = bared(tuple(attributes.values()))
             restored(context, saved, dict(zip(attributes, values, strict=True)))
         else:
-            out = run(context, tuple(primals))
+            out, aliases = run(context, tuple(primals))
             out = Bits.hide(out, context.non_differentiable)
-            context.saved_tensors = context.saved_for_forward
+            context.saved_tensors = aliases.undone(context.saved_for_forward)
         return out, _like_output(out, jvp(context, *tangents))
 
     parameters = [_KIND("given", _KIND.VAR_POSITIONAL)]

@@ -15,8 +15,9 @@ import torch
 
 from gradtools import torch_compat, trees
 from gradtools.lowering.residuals import Remark
+from gradtools.rules.marked_inputs import Aliases
 
-__all__ = ["Context", "Outputs", "kept", "restored"]
+__all__ = ["Context", "Outputs", "TracedContext", "kept", "restored"]
 
 
 class Context:
@@ -77,23 +78,44 @@ class Context:
         self.materialize_grads = value
 
 
-@dataclasses.dataclass(frozen=True)
-class Outputs(Remark):
-    """What backward must know of the outputs.
+class TracedContext(Context):
+    """A context for Dynamo, which in torch 2.11 cannot list what an object holds.
 
     Attributes:
+        names: Of what the class has put on it.
+    """
+
+    __slots__ = ("names",)
+
+    def __init__(self, function: Any, needs_input_grad: tuple[bool, ...]) -> None:
+        object.__setattr__(self, "names", [])
+        super().__init__(function, needs_input_grad)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)
+        if name not in Context.__slots__ and name not in self.names:
+            self.names.append(name)
+
+
+@dataclasses.dataclass(frozen=True)
+class Outputs(Remark):
+    """What backward must know of forward.
+
+    Attributes:
+        wanted: Per argument, whether forward was told that a gradient is wanted.
         likes: Per output its shape, dtype and device; None for what is no tensor.
         is_tuple: Forward returned a tuple.
         materialize: Backward gets zeros for an unused output.
     """
 
+    wanted: tuple[bool, ...]
     likes: tuple[tuple[Sequence[int], torch.dtype, torch.device] | None, ...]
     is_tuple: bool
     materialize: bool
 
     @classmethod
-    def of(cls, out: Any, materialize: bool) -> Outputs:
-        """Read it off what forward returned."""
+    def of(cls, context: Context, out: Any) -> Outputs:
+        """Read it off a context, and what forward returned."""
         is_tuple = isinstance(out, tuple)
         likes = tuple(
             (value.shape, value.dtype, value.device)
@@ -101,7 +123,8 @@ class Outputs(Remark):
             else None
             for value in (out if is_tuple else (out,))
         )
-        return cls(likes, is_tuple, materialize)
+        wanted = context.needs_input_grad
+        return cls(wanted, likes, is_tuple, context.materialize_grads)
 
     def cotangents(self, cotangent: Any) -> list[Any]:
         """Return what torch would hand to backward: one value per output."""
@@ -134,37 +157,48 @@ class Held:
 
 
 def kept(
-    context: Context, args: Sequence[Any], *, moving: bool
+    context: Context, args: Sequence[Any], aliases: Aliases, *, moving: bool
 ) -> tuple[tuple[Any, ...], tuple[Any, ...], dict[str, Any]]:
     """Return what a context keeps, as residuals.
 
     Args:
         context: The context that forward has seen.
         args: The arguments of forward.
+        aliases: What stood for some of them.
         moving: Whether the class has a jvp, which reads tensors of its own.
 
     Returns:
         The tensors for backward, those for jvp, and the attributes.
     """
     for_jvp = tuple(context.saved_for_forward) if moving else ()
-    found = tuple(context.to_save), for_jvp, dict(vars(context))
+    attributes = (
+        {k: getattr(context, k) for k in context.names if hasattr(context, k)}
+        if isinstance(context, TracedContext)
+        else dict(vars(context))
+    )
+    found = tuple(context.to_save), for_jvp, attributes
     recording = torch.is_grad_enabled() and any(
         isinstance(arg, torch.Tensor) and arg.requires_grad for arg in args
     )
     # Where torch records nothing, a graph can only be one of forward's own.
-    own = set() if recording else {id(t) for t in _with_own_graph(found, args)}
+    own = set() if recording else {id(t) for t in _with_own_graph(found, args, aliases)}
     if not own:
-        return found
+        saved = aliases.undone(found[0]), aliases.undone(for_jvp)
+        return *saved, {k: aliases.undone(value) for k, value in attributes.items()}
+    own |= set(aliases.pairs)  # where the graph ends
     return trees.map_tensors(
         lambda tensor: Held(tensor) if id(tensor) in own else tensor, found
     )
 
 
-def _with_own_graph(tree: Any, args: Sequence[Any]) -> Iterator[torch.Tensor]:
+def _with_own_graph(
+    tree: Any, args: Sequence[Any], aliases: Aliases
+) -> Iterator[torch.Tensor]:
     for tensor in trees.flatten(tree)[0]:
         if (
             isinstance(tensor, torch.Tensor)
             and tensor.requires_grad
+            and tensor not in aliases
             and not any(tensor is arg for arg in args)
             and not torch_compat.is_view_of(tensor, args)
         ):
@@ -176,7 +210,8 @@ def restored(
 ) -> Context:
     """Put back on a context what :func:`kept` took from one."""
     context.saved_tensors = tuple(_bare(value) for value in saved)
-    vars(context).update({name: _bared(value) for name, value in attributes.items()})
+    for name, value in attributes.items():
+        setattr(context, name, _bared(value))
     return context
 
 

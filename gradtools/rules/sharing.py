@@ -19,6 +19,7 @@ from gradtools import trees
 from gradtools.lowering.contents import PLAIN, tensors_within
 from gradtools.lowering.residuals import Remark
 from gradtools.rules.convert import Exchange
+from gradtools.rules.marked_inputs import Aliases
 
 __all__ = ["Sharing", "bared", "exchanged", "shared_arguments", "shared_attributes"]
 
@@ -81,7 +82,7 @@ def _sharing(arg: Any, places: dict[int, int]) -> Any:
 
 
 def shared_attributes(
-    attributes: dict[str, Any], args: Sequence[Any]
+    attributes: dict[str, Any], args: Sequence[Any], aliases: Aliases
 ) -> tuple[dict[str, Any], dict[int, Any]]:
     """Return attributes of a ctx, and the tensors inside of objects among them.
 
@@ -94,6 +95,9 @@ def shared_attributes(
     """
     shared = {id(arg.object): arg for arg in args if type(arg) is Sharing}
     places, found = _places(args), dict(attributes)
+    for key, (_, arg) in aliases.pairs.items():
+        if id(arg) in places:
+            places[key] = places[id(arg)]
     recording = torch.is_grad_enabled() and any(
         isinstance(arg, torch.Tensor) and arg.requires_grad for arg in args
     )
@@ -112,8 +116,8 @@ def shared_attributes(
         ):
             continue
         for tensor in inside:
-            places.setdefault(id(tensor), -1 - len(places))
-            used[places[id(tensor)]] = tensor
+            place = places.setdefault(id(tensor), -1 - len(places))
+            used[place] = args[place] if place >= 0 else tensor
         numbers = tuple(places[id(tensor)] for tensor in inside)
         found[name] = Sharing(value, tuple(inside), numbers)
     return found, used

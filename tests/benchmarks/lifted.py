@@ -18,8 +18,7 @@ import importlib
 import importlib.util
 import itertools
 import json
-import subprocess
-import sys
+import multiprocessing
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -39,6 +38,8 @@ MODULES = {  # library: (the module here, the device it wants)
 }
 LIGER = "liger_kernel"
 RIGHT = "right"
+PROCESSES = multiprocessing.get_context("forkserver")  # one import of torch for all
+PROCESSES.set_forkserver_preload(["torch._dynamo", "gradtools"])
 
 
 class Wrong(Exception):
@@ -109,13 +110,31 @@ class Subject:
         self, apply: Callable[..., Any], leaves: Sequence[Any], **options: Any
     ) -> list[torch.Tensor]:
         """Return the gradient of the loss; zeros where there is none."""
-        found = torch.autograd.grad(
-            self.loss(apply, leaves), leaves, allow_unused=True, **options
-        )
-        return [
-            torch.zeros_like(leaf) if g is None else g
-            for g, leaf in zip(found, leaves, strict=True)
-        ]
+        with self.put_back():
+            found = torch.autograd.grad(
+                self.loss(apply, leaves), leaves, allow_unused=True, **options
+            )
+            return [
+                torch.zeros_like(leaf) if g is None else g.clone()
+                for g, leaf in zip(found, leaves, strict=True)
+            ]
+
+    @contextlib.contextmanager
+    def put_back(self) -> Iterator[None]:
+        """Let a class write over its arguments; nobody after it sees that.
+
+        Its gradient may stand where an argument stood: clone it inside.
+        """
+        before = [leaf.detach().clone() for leaf in self.leaves]
+        try:
+            yield
+        finally:
+            for leaf, value in zip(self.leaves, before, strict=True):
+                leaf.data.copy_(value)  # behind torch's back too: it may be saved
+
+    def bare(self) -> list[torch.Tensor]:
+        """Return copies of the leaves that need no gradient."""
+        return [leaf.detach().clone() for leaf in self.leaves]
 
     @contextlib.contextmanager
     def moved(self, step: float) -> Iterator[None]:
@@ -152,7 +171,7 @@ def backward(subject: Subject, apply: Any) -> None:
 def functional(subject: Subject, apply: Any) -> None:
     """The same by torch.func."""
     wanted = subject.gradient(subject.case.function.apply, subject.leaves)
-    bare = [leaf.detach() for leaf in subject.leaves]
+    bare = subject.bare()
     places = tuple(range(len(bare)))
     got = torch.func.grad(lambda *v: subject.loss(apply, v), places)(*bare)
     subject.agree(got, wanted)
@@ -160,11 +179,11 @@ def functional(subject: Subject, apply: Any) -> None:
 
 def vmap(subject: Subject, apply: Any) -> None:
     """Compare a batch over the first argument with a loop."""
-    first, *rest = [leaf.detach() for leaf in subject.leaves]
+    first, *rest = subject.bare()
     batch = torch.stack([first, first * 1.01])
     one = subject.case.function.apply
     with torch.no_grad():
-        rows = [subject.outs(one, [x, *rest]) for x in batch]
+        rows = [subject.outs(one, [x.clone(), *rest]) for x in batch]
         got = torch.func.vmap(
             lambda x: subject.outs(apply, [x, *rest]), randomness="same"
         )(batch)
@@ -174,7 +193,7 @@ def vmap(subject: Subject, apply: Any) -> None:
 
 def jvp(subject: Subject, apply: Any) -> None:
     """Compare with the transpose of the class's backward: <g, v>."""
-    bare = [leaf.detach() for leaf in subject.leaves]
+    bare = subject.bare()
     moves = [subject.pattern(leaf, 92) for leaf in bare]
     gradient = subject.gradient(subject.case.function.apply, subject.leaves)
     wanted = sum((g * v).sum().double() for g, v in zip(gradient, moves, strict=True))
@@ -221,17 +240,19 @@ def double_backward(subject: Subject, apply: Any) -> None:
 
 
 def compiled(subject: Subject, apply: Any) -> None:
-    """Compile the loss as one graph, and compare with the class."""
-    backend = "inductor" if subject.leaves[0].is_cuda else "aot_eager"
+    """Compile the class as part of one graph, and compare with it."""
     run = torch.compile(
-        lambda *v: subject.loss(apply, v), backend=backend, fullgraph=True
+        lambda *v: subject.loss(apply, v), backend="aot_eager", fullgraph=True
     )
     wanted = subject.gradient(subject.case.function.apply, subject.leaves)
-    found = torch.autograd.grad(run(*subject.leaves), subject.leaves, allow_unused=True)
-    got = [
-        torch.zeros_like(leaf) if g is None else g
-        for g, leaf in zip(found, subject.leaves, strict=True)
-    ]
+    with subject.put_back():
+        found = torch.autograd.grad(
+            run(*subject.leaves), subject.leaves, allow_unused=True
+        )
+        got = [
+            torch.zeros_like(leaf) if g is None else g.clone()
+            for g, leaf in zip(found, subject.leaves, strict=True)
+        ]
     subject.agree(got, wanted)
 
 
@@ -336,15 +357,19 @@ def maker_of(name: str, device: str) -> Callable[[], Case]:
     return (lambda: cases[name](device)) if wants == "cuda" else cases[name]
 
 
-def print_one(name: str, device: str) -> None:
-    """Print the row of a class as JSON: what a process of its own does."""
+def row_here(name: str, device: str) -> dict[str, Any]:
+    """Examine a class in this process."""
     warnings.simplefilter("ignore")
     try:
-        row = examined(maker_of(name, device)())
+        return examined(maker_of(name, device)())
     except Exception as error:
         text = str(error).strip().partition("\n")[0][:160]
-        row = {"failed": f"{type(error).__name__}: {text}"}
-    print("\nROW " + json.dumps(row))
+        return {"failed": f"{type(error).__name__}: {text}"}
+
+
+def send_row(name: str, device: str, end: Any) -> None:
+    """Examine a class: what a process of its own does."""
+    end.send(row_here(name, device))
 
 
 # All of them.
@@ -374,22 +399,20 @@ def row_of(name: str, device: str, seconds: float) -> dict[str, Any]:
     missing = needed(name.partition(" ")[0], device)
     if missing is not None:
         return {"failed": missing}
-    command = [sys.executable, "-m", "tests.benchmarks.lifted", "--one", name]
+    receiver, sender = PROCESSES.Pipe(duplex=False)
+    process = PROCESSES.Process(target=send_row, args=(name, device, sender))
+    process.start()
+    sender.close()
     try:
-        done = subprocess.run(
-            [*command, "--device", device],
-            capture_output=True,
-            text=True,
-            timeout=seconds,
-            check=False,
-        )
-    except subprocess.TimeoutExpired:
-        return {"failed": f"took more than {seconds:.0f} s"}
-    rows = [line for line in done.stdout.splitlines() if line.startswith("ROW ")]
-    if not rows:
-        last = (done.stderr.strip().splitlines() or ["no output"])[-1]
-        return {"failed": f"the process ended with {done.returncode}: {last[:160]}"}
-    return json.loads(rows[-1].removeprefix("ROW "))
+        if not receiver.poll(seconds):
+            return {"failed": f"took more than {seconds:.0f} s"}
+        return receiver.recv()
+    except EOFError:
+        process.join()
+        return {"failed": f"the process ended with {process.exitcode}"}
+    finally:
+        process.kill()
+        process.join()
 
 
 def word(text: str) -> str:
@@ -465,22 +488,27 @@ def main() -> None:
     parser.add_argument("--dry", action="store_true", help="print, write nothing")
     given = parser.parse_args()
     if given.one:
-        print_one(given.one, given.device)
+        print(json.dumps(row_here(given.one, given.device), indent=1))
         return
     libraries = [LIGER] if given.device == "cuda" else list(MODULES)
     names = [name for name in names_of(libraries) if given.only in name]
     rows: dict[str, dict[str, Any]] = {}
     with concurrent.futures.ThreadPoolExecutor(given.jobs) as pool:
-        found = pool.map(lambda name: row_of(name, given.device, given.seconds), names)
-        for name, row in zip(names, found, strict=True):
-            rows[name] = row
+        waiting = {
+            pool.submit(row_of, name, given.device, given.seconds): name
+            for name in names
+        }
+        for done in concurrent.futures.as_completed(waiting):
+            name = waiting[done]
+            rows[name] = row = done.result()
             shown = row.get("failed") or ", ".join(
                 f"{use}: {word(row['before'][use])} -> {word(row['after'][use])}"
                 for use in USES
             )
             print(f"{name}: {shown}", flush=True)
-            if given.json:
+            if given.json:  # now, in case that the rest has no time
                 given.json.write_text(json.dumps(rows, indent=1))
+    rows = {name: rows[name] for name in names}
     lines = list(table(rows))
     print("\n".join(lines))
     if not given.dry:

@@ -22,9 +22,15 @@ pages = pytest.mark.parametrize(
 def test_every_script_is_on_one_page():
     scripts = [script for page in PAGES.glob("*.md") for script in included(page)]
     assert len(scripts) == len(set(scripts))
-    of_kernels = {"c_kernel", "numpy_kernel", "triton_kernel", "simulator"}
-    have = {path.stem for path in EXAMPLES.glob("*.py")}
-    assert have - of_kernels <= set(scripts) <= have
+    assert set(scripts) == {path.stem for path in EXAMPLES.glob("*.py")}
+
+
+def test_the_index_has_a_row_for_every_page():
+    index = (PAGES / "index.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| \S.* \| \[\]\((\w+)\.md\) \|$", index, re.MULTILINE)
+    tree = index.partition(":hidden:\n\n")[2].partition("\n```")[0].split()
+    assert rows == tree  # the table and the sidebar, in one order
+    assert sorted(rows) == sorted({p.stem for p in PAGES.glob("*.md")} - {"index"})
 
 
 @pages

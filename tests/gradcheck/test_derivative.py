@@ -1,5 +1,6 @@
 """What the check finds in a rule, right or wrong."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -178,6 +179,32 @@ def test_an_approximation_must_stay_inside_its_budget():
     assert check(1.05, rel=0, abs=1.0).outcome == "passed"
     with pytest.raises(gt.GradientMismatchError, match="outside the budget"):
         check(1.05, rel=1e-2)
+
+
+@pytest.mark.parametrize("shape", [(), (50,)])
+@pytest.mark.parametrize("factor", [100, 1.9, 1.05, 0.95, 0.5, 0, -1])
+def test_the_error_of_an_approximation_is_in_parts_of_the_derivative(factor, shape):
+    """Of a function that autograd does not see, so that differences alone tell."""
+
+    def check(rel):
+        sine = gt.external(
+            np.sin,
+            out=torch.empty_like,
+            numpy=True,
+            contract=gt.Approximate(rel=rel),
+        )
+        sine.def_bwd(lambda r, g: factor * g * r[0][0].cos())
+        return sine.gradcheck(torch.linspace(0.1, 1, 50)[-1] * torch.ones(shape))
+
+    right = abs(factor - 1)
+    found = [e.error for e in check(1.02 * right).evidence if "error" in e.question]
+    assert found == [pytest.approx(right, rel=1e-3)]
+    with pytest.raises(gt.GradientMismatchError, match="outside the budget") as caught:
+        check(0.98 * right)
+    excess = caught.value.violations[-1]
+    assert excess.expected.startswith(f"an error of at most {0.98 * right:.1e} of its")
+    assert excess.got.startswith(f"an error of {right:.1e} of its size")
+    assert "declare the error that it has" in caught.value.fix
 
 
 def test_wider_tolerances_of_an_exact_contract_hold():

@@ -140,21 +140,36 @@ def test_it_is_not_asked_of_rules_that_claim_none(options):
     assert report.outcome == "passed"
 
 
-def test_a_second_derivative_of_zero_is_known_in_single_precision():
-    @gt.external(out=lambda g, x: torch.empty_like(g), numpy=True, dtypes=torch.float32)
-    def scaled(g, x):
-        return g * x
+def float32_only(bwd):
+    kernel = gt.external(
+        lambda g, x: g * x, out=lambda g, x: x, dtypes=torch.float32, numpy=True
+    )
+    kernel.def_bwd(bwd)
+    return kernel
 
-    @scaled.def_bwd
-    def _(residuals, c):
-        ((g, x), _) = residuals
-        return scaled(c, x), scaled(g, c)
 
-    g = torch.ones(5, dtype=torch.float32, requires_grad=True)
-    x = torch.linspace(-2, 2, 5, dtype=torch.float32)
-    out = scaled(g, x) ** 2
-    (first,) = torch.autograd.grad(out.sum(), g, create_graph=True)
-    (second,) = torch.autograd.grad(first.sum(), g)
-    torch.testing.assert_close(second, 2 * x**2)
-    (report,) = scaled.reports
-    assert report.outcome == "passed"
+def second_in_g(kernel):
+    g, y = torch.ones(4, dtype=torch.float32), torch.linspace(1, 2, 4).float()
+    grad = torch.func.grad(lambda g: kernel(g, y).sum())
+    return torch.func.grad(lambda g: grad(g).sum())(g)
+
+
+def test_a_second_derivative_of_zero_is_checked_in_single_precision():
+    """Differences of float32 find none, and no warning says that nobody looked."""
+    kernel = float32_only(lambda r, c: (c * r[0][1], c * r[0][0]))
+    assert second_in_g(kernel).tolist() == [0, 0, 0, 0]
+    evidence = kernel.reports[0].evidence
+    (found,) = [e for e in evidence if e.question.startswith("second derivative")]
+    assert found.outcome == "passed"
+    assert "zero, and differences find none" in found.detail
+    assert 0 < found.error < 1e-4
+
+
+def test_a_second_derivative_that_is_zero_by_mistake_is_found_in_single_precision():
+    square = gt.external(
+        lambda x: x * x, out=lambda x: x, dtypes=torch.float32, numpy=True
+    )
+    square.def_bwd(lambda r, g: 2 * g * r[0][0].detach() + 0 * r[0][0])
+    grad = torch.func.grad(lambda x: square(x).sum())
+    with pytest.raises(gt.GradientMismatchError, match=r"second derivative in args\.x"):
+        torch.func.grad(lambda x: grad(x).sum())(torch.linspace(1, 2, 4).float())

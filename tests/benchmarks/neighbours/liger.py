@@ -142,7 +142,7 @@ _CLASSES: dict[str, tuple[str, Callable[[_Maker], tuple[Any, ...]]]] = {
     ),
     "LigerPolyNormFunction": (
         "poly_norm",
-        lambda m: (m.new(ROWS, WIDTH), m.new(3), m.new(1), 1e-6, True),
+        lambda m: (m.new(ROWS, WIDTH), m.new(3), m.new(), 1e-6, True),
     ),
     "LigerCrossEntropyFunction": (
         "cross_entropy",
