@@ -26,11 +26,10 @@ from torch.autograd.function import _SingleLevelFunction
 from torch.autograd.graph import _engine_run_backward
 
 __all__ = [
-    "AtOneLevel", "GradLevel", "VmapLevel", "alias", "apply_of",
-    "attention_by_operators", "autocast_devices", "autocast_enabled",
-    "bytes_of_gradients", "call_backward_directly", "clean_autograd", "dual_level",
-    "dual_level_announced", "dual_level_holder", "edited_outputs_lose_gradients",
-    "fake_tensors", "forward_ad_active", "forward_ad_enabled",
+    "AtOneLevel", "GradLevel", "VmapLevel", "apply_of", "attention_by_operators",
+    "autocast_devices", "autocast_enabled", "bytes_of_gradients",
+    "call_backward_directly", "clean_autograd", "dual_level", "dual_level_announced",
+    "dual_level_holder", "fake_tensors", "forward_ad_active", "forward_ad_enabled",
     "graph_is_kept", "has_tangent", "hint", "innermost_level", "innermost_transform",
     "is_at_open_level", "is_being_differentiated", "is_differentiated", "is_fake",
     "is_foreign_subclass", "is_view", "is_view_of", "is_wrapped", "keep",
@@ -62,24 +61,6 @@ def unwrapped_to(level: int, tensor: torch.Tensor) -> Iterator[torch.Tensor]:
 
 is_wrapped: Callable[[torch.Tensor], bool] = _functorch.is_functorch_wrapped_tensor
 """Whether a tensor belongs to a torch.func transform."""
-
-
-def alias(tensor: torch.Tensor, *, requires_grad: bool) -> torch.Tensor:
-    """Return a tensor on the same memory that requires a gradient, or does not.
-
-    For code that runs without gradients. One that requires a gradient has its tangent.
-    """
-    if not requires_grad:
-        return tensor.detach()
-    is_strided = tensor.layout is torch.strided
-    other = tensor.view_as(tensor) if is_strided else tensor.detach()
-    before = _functorch.get_inplace_requires_grad_allowed()
-    _functorch.set_inplace_requires_grad_allowed(True)
-    try:
-        return other.requires_grad_()
-    finally:
-        _functorch.set_inplace_requires_grad_allowed(before)
-
 
 run_backward: Callable[..., Any] = _engine_run_backward  # without a check of shapes
 graph_is_kept: Callable[[], bool] = _autograd._get_current_graph_task_keep_graph
@@ -150,13 +131,6 @@ def bytes_of_gradients(node: Any) -> int:
 _aten = torch.ops.aten
 attention_by_operators: Callable[..., Any] = _aten._scaled_dot_product_attention_math
 """scaled_dot_product_attention without a fused kernel; gives it and its weights."""
-
-
-edited_outputs_lose_gradients: bool = torch.__version__ < "2.13"
-"""In a trace of Dynamo's, of a Function whose forward edits in place what it returns.
-
-The gradient is zero then, without a sign. A view of the output has it.
-"""
 
 
 def is_being_differentiated() -> bool:

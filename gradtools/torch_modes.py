@@ -14,6 +14,7 @@ from gradtools.torch_compat import is_foreign_subclass, is_wrapped
 __all__ = [
     "asks_for_values",
     "dispatch_modes",
+    "edited_outputs_lose_gradients",
     "function_modes",
     "is_intercepted",
     "version_of",
@@ -24,6 +25,12 @@ dispatch_modes: Callable[[], int] = torch._C._len_torch_dispatch_stack
 
 function_modes: Callable[[], int] = torch._C._len_torch_function_stack
 """How many modes see every call of a function of torch's."""
+
+edited_outputs_lose_gradients: bool = torch.__version__ < "2.13"
+"""In a trace of Dynamo's, of a Function whose forward edits in place what it returns.
+
+The gradient is zero then, without a sign. A view of the output has it.
+"""
 
 _USUAL = (torch.Tensor, torch.nn.Parameter)
 

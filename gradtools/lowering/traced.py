@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch.autograd import Function
 
-from gradtools import torch_compat, trees
+from gradtools import torch_compat, torch_modes, trees
 from gradtools.lowering.flat import Plan
 from gradtools.lowering.residuals import Layout
 from gradtools.lowering.source import Pattern, arguments, fitted, returned_names
@@ -53,7 +53,7 @@ class Traced(Function):
         ctx.save_for_backward(*tensors)
         floating = tuple(out.is_floating_point() or out.is_complex() for out in outs)
         ctx.plan, ctx.layout = plan, Layout(outputs, structure, (), None, floating)
-        if torch_compat.edited_outputs_lose_gradients:
+        if torch_modes.edited_outputs_lose_gradients:
             outs = [out.view_as(out) for out in outs]
         return (*outs, outputs)
 
@@ -226,7 +226,7 @@ def _forward(pattern: Pattern) -> Lines:
     ]
     yield f"    ctx.metas = {row(metas)}"
     outputs = names("o", pattern.outputs)
-    if torch_compat.edited_outputs_lose_gradients:
+    if torch_modes.edited_outputs_lose_gradients:
         outputs = [f"{name}.view_as({name})" for name in outputs]
     yield f"    return {outputs[0] if pattern.outputs.kind is None else row(outputs)}"
     yield ""
