@@ -25,7 +25,7 @@ from torch.autograd import forward_ad
 from torch.autograd.function import _SingleLevelFunction
 
 __all__ = [
-    "AtOneLevel", "GradLevel", "VmapLevel", "alias", "apply_of", "asks_for_values",
+    "AtOneLevel", "GradLevel", "VmapLevel", "apply_of", "asks_for_values",
     "attention_by_operators", "autocast_devices", "autocast_enabled",
     "bytes_of_gradients", "call_backward_directly", "clean_autograd", "dispatch_modes",
     "dual_level", "dual_level_announced", "dual_level_holder",
@@ -62,24 +62,6 @@ def unwrapped_to(level: int, tensor: torch.Tensor) -> Iterator[torch.Tensor]:
 
 is_wrapped: Callable[[torch.Tensor], bool] = _functorch.is_functorch_wrapped_tensor
 """Whether a tensor belongs to a torch.func transform."""
-
-
-def alias(tensor: torch.Tensor, *, requires_grad: bool) -> torch.Tensor:
-    """Return a tensor on the same memory that requires a gradient, or does not.
-
-    For code that runs without gradients. One that requires a gradient has its tangent.
-    """
-    if not requires_grad:
-        return tensor.detach()
-    is_strided = tensor.layout is torch.strided
-    other = tensor.view_as(tensor) if is_strided else tensor.detach()
-    before = _functorch.get_inplace_requires_grad_allowed()
-    _functorch.set_inplace_requires_grad_allowed(True)
-    try:
-        return other.requires_grad_()
-    finally:
-        _functorch.set_inplace_requires_grad_allowed(before)
-
 
 run_backward: Callable[..., Any] = torch.autograd.graph._engine_run_backward
 """Without a check of shapes."""
@@ -152,13 +134,6 @@ def bytes_of_gradients(node: Any) -> int:
 _aten = torch.ops.aten
 attention_by_operators: Callable[..., Any] = _aten._scaled_dot_product_attention_math
 """scaled_dot_product_attention without a fused kernel; gives it and its weights."""
-
-
-edited_outputs_lose_gradients: bool = torch.__version__ < "2.13"
-"""In a trace of Dynamo's, of a Function whose forward edits in place what it returns.
-
-The gradient is zero then, without a sign. A view of the output has it.
-"""
 
 
 def is_being_differentiated() -> bool:
@@ -485,6 +460,12 @@ dispatch_modes: Callable[[], int] = torch._C._len_torch_dispatch_stack
 
 function_modes: Callable[[], int] = torch._C._len_torch_function_stack
 """How many modes see every call of a function of torch's."""
+
+edited_outputs_lose_gradients: bool = torch.__version__ < "2.13"
+"""In a trace of Dynamo's, of a Function whose forward edits in place what it returns.
+
+The gradient is zero then, without a sign. A view of the output has it.
+"""
 
 _USUAL = (torch.Tensor, torch.nn.Parameter)
 

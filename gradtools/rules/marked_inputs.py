@@ -2,8 +2,8 @@
 
 torch hands forward its inputs as they are, so ``x.requires_grad`` tells a class whether
 to compute a gradient on the way. A rule runs on bare tensors as well, in a check and
-below a transform. There aliases of them say it, which costs a view; and where gradients
-are on and an alias would have a graph of its own, a mode answers for them.
+below a transform. There aliases of them say it, which costs a view. Where gradients are
+on, an alias would have a graph of its own, and a mode answers for them.
 """
 
 from __future__ import annotations
@@ -61,30 +61,42 @@ def marked(
 ) -> tuple[tuple[Any, ...], Aliases]:
     """Return arguments that require a gradient where, and only where, it is wanted.
 
-    With gradients on they are returned as they are, for :func:`answered`.
+    Where an alias would not do they are returned as they are, for :func:`answered`.
     """
     aliases, given = Aliases(), list(args)
-    if torch.is_grad_enabled():
+    if _is_followed():
         return tuple(given), aliases
     moving = torch_compat.forward_ad_active()
     for place, (arg, want) in enumerate(zip(args, wanted, strict=True)):
         if not isinstance(arg, torch.Tensor) or arg.requires_grad is want:
             continue
         if want or not moving:  # without the flag it would lose its tangent
-            given[place] = alias = torch_compat.alias(arg, requires_grad=want)
+            given[place] = alias = _alias(arg) if want else arg.detach()
             aliases.pairs[id(alias)] = alias, arg
     return tuple(given), aliases
+
+
+def _is_followed() -> bool:
+    """Whether an alias would get a graph, or a transform forbid its flag."""
+    return torch.is_grad_enabled() or torch_compat.transforms_active()
+
+
+def _alias(tensor: torch.Tensor) -> torch.Tensor:
+    """Return the same memory, requiring a gradient; a view does not lose a tangent."""
+    is_strided = tensor.layout is torch.strided
+    other = tensor.view_as(tensor) if is_strided else tensor.detach()
+    return other.requires_grad_()
 
 
 def answered(
     args: Sequence[Any], wanted: Sequence[bool]
 ) -> contextlib.AbstractContextManager[Any]:
-    """Have arguments say so where gradients are on.
+    """Have arguments say so where gradients are on, or a transform is.
 
     A class that runs again for a second derivative must keep what it kept the first
     time, whichever of its arguments are being differentiated now.
     """
-    if not torch.is_grad_enabled():
+    if not _is_followed():
         return contextlib.nullcontext()
     answers = {
         id(arg): want
