@@ -39,7 +39,6 @@ unit: $(READY) ## Tests alone
 
 package: $(READY) ## Build wheel and sdist; test what they install
 	rm -rf dist
-	$(BIN)/python -m pip install -q -c constraints.txt --group package
 	$(BIN)/validate-pyproject pyproject.toml
 	$(BIN)/python -m build --no-isolation
 	WORKERS=$(WORKERS) .ci/installed $(BIN)/python $(INSTALLED)
