@@ -404,6 +404,8 @@ def _prepare(key: str) -> None:
         (("attribute", role), *path)
         for role, function in functions.items()
         for path in free_variables.free_variables(function).values()
+        # Dynamo cannot look into code in C, and it holds no numbers of the user's.
+        if type(free_variables.follow(function, path)) is not types.BuiltinFunctionType
     ]
     target.names = sorted(
         frozenset[str]().union(*map(free_variables.names_used, functions.values()))
