@@ -11,6 +11,7 @@ from torch.autograd import forward_ad
 
 from gradtools.errors import DefinitionError
 from gradtools.second_order.directional import transposed
+from gradtools.second_order.dual_numbers import dual
 from gradtools.second_order.graph import Graph, Run, captures
 from gradtools.second_order.primals import Argnums, Flat, Primals, Tensors, as_tuple
 from gradtools.second_order.reverse import Gradient, Pullback
@@ -239,7 +240,7 @@ def _by_dual_numbers(
         with in_both_modes() as running:
             inputs = [usable(leaf).detach().requires_grad_() for leaf in leaves]
             moves = [usable(vector).detach() for vector in vectors]
-            duals = [*map(forward_ad.make_dual, inputs, moves)]
+            duals = [*map(dual, inputs, moves)]
             with running():
                 outputs, aux = flat(*duals)
             pairs = [forward_ad.unpack_dual(out) for out in outputs]

@@ -15,11 +15,8 @@ from torch.overrides import TorchFunctionMode
 
 from gradtools import torch_compat
 from gradtools.lowering.boundary import is_tracing
-from gradtools.second_order.stand_ins import (
-    OneJacobian,
-    StandIns,
-    StandInsOfForwardMode,
-)
+from gradtools.second_order.dual_numbers import OneJacobian
+from gradtools.second_order.stand_ins import StandIns, StandInsOfForwardMode
 
 __all__ = [
     "has_no_forward_mode",

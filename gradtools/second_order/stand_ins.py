@@ -21,13 +21,19 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch.autograd import forward_ad
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from gradtools import torch_compat
 
-__all__ = ["OneJacobian", "StandIns", "StandInsOfForwardMode", "wrong_at"]
+__all__ = [
+    "STAND_INS",
+    "WRONG_IN_FORWARD_MODE",
+    "StandIns",
+    "StandInsOfForwardMode",
+    "is_always",
+    "wrong_at",
+]
 
 Tensor = torch.Tensor
 
@@ -54,53 +60,6 @@ class StandInsOfForwardMode(StandIns):
         if is_wrong is not None and is_wrong(*args, **(kwargs or {})):
             raise NotImplementedError(f"the forward AD of {name} is wrong")
         return super().__torch_function__(func, types, args, kwargs)
-
-
-class OneJacobian(TorchFunctionMode):
-    """Refuse what forward mode and reverse mode see differently.
-
-    For one derivative of each mode, of one run. What is wrong in a third derivative
-    only stays as it is: plain operators in its place would take longer. Tangents come
-    out with a graph, since what they are computed with has one. Nobody goes back
-    through it, and its residuals are as large as all others: so it is cut.
-    """
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        name = getattr(func, "__name__", "")
-        refused = SEEN_DIFFERENTLY.get(name)
-        if refused is not None and refused(*args, **(kwargs or {})):
-            raise NotImplementedError(f"the forward AD of {name} is another")
-        stand_in = STAND_INS.get(name)
-        if stand_in is not None and stand_in.order <= 2:
-            func = stand_in.function
-        out = func(*args, **(kwargs or {}))
-        if isinstance(out, Tensor):
-            return _with_a_bare_tangent(out, name)
-        if type(out) is tuple:
-            return tuple(
-                _with_a_bare_tangent(item, name) if isinstance(item, Tensor) else item
-                for item in out
-            )
-        return out
-
-
-def _with_a_bare_tangent(out: Tensor, name: str) -> Tensor:
-    if out.grad_fn is None:
-        return out
-    primal, tangent = forward_ad.unpack_dual(out)
-    if tangent is None or tangent.grad_fn is None:
-        return out
-    if not tangent._is_view():
-        tangent.detach_()
-    elif name in _VIEWS_OF_THEIR_OWN:
-        return forward_ad.make_dual(primal, tangent.detach())
-    return out
-
-
-# What they return is a view, and of what nobody else has: it may be replaced.
-_VIEWS_OF_THEIR_OWN = frozenset({"linear", "multi_head_attention_forward"})
 
 
 class StandIn(NamedTuple):
@@ -316,7 +275,8 @@ def _scaled(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
     return x if bias is None else x + bias
 
 
-def _is_always(*args: Any, **kwargs: Any) -> bool:
+def is_always(*args: Any, **kwargs: Any) -> bool:
+    """Return True, whatever a function is given."""
     return True
 
 
@@ -358,16 +318,6 @@ _WRONG = {
 WRONG_IN_FORWARD_MODE: Mapping[str, Callable[..., bool]] = {
     "scatter_reduce": _is_product,
     "scatter_reduce_": _is_product,
-    "cholesky_inverse": _is_always,
-    "triangular_solve": _is_always,
-}
-SEEN_DIFFERENTLY: Mapping[str, Callable[..., bool]] = {
-    **WRONG_IN_FORWARD_MODE,
-    # Tangents flow on where torch.no_grad() stops cotangents,
-    "_set_grad_enabled": lambda is_on: not is_on,
-    # a hook changes cotangents alone,
-    "register_hook": _is_always,
-    # and dual numbers in a backward are a second derivative.
-    "grad": _is_always,
-    "backward": _is_always,
+    "cholesky_inverse": is_always,
+    "triangular_solve": is_always,
 }

@@ -1,14 +1,18 @@
 """ggnvp in one run of the model: what forward mode sees otherwise must not show."""
 
+import gc
 import warnings
+import weakref
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import gradtools as gt
 from gradtools.second_order import products
+from gradtools.second_order.dual_numbers import dual
 
 
 def jacobian_by_rows(f, w):
@@ -121,6 +125,26 @@ MODELS = {
     "solve": lambda w: torch.linalg.solve(torch.diag(w) + w.outer(w), w),
     "det": lambda w: torch.linalg.det(torch.diag(w) + w.outer(w))[None],
     "linear": lambda w: F.linear(w * TABLE[:, None], TABLE * w, w[:3]).tanh(),
+    "linear, of data": lambda w: F.linear(TABLE, TABLE * w, w[:3]).tanh(),
+    "linear, its bias alone": lambda w: F.linear(TABLE, TABLE, w[:3]).tanh(),
+    "linear, its weight alone": lambda w: F.linear(TABLE, weight=TABLE * w).tanh(),
+    "linear, of a frozen layer": lambda w: F.linear(w, TABLE, TABLE[:, 0]).tanh(),
+    "matmul": lambda w: ((TABLE * w) @ (w * TABLE).T).tanh(),
+    "matmul, of data": lambda w: torch.matmul(TABLE, w) * (w @ TABLE.T),
+    "matmul, from the right": lambda w: w.__rmatmul__(TABLE) * torch.mv(TABLE, w),
+    "bmm": lambda w: torch.bmm(TABLE[None] * w, (TABLE * w).T[None]).tanh(),
+    "conv1d, unbatched": lambda w: F.conv1d(
+        TABLE, (w[:3] * TABLE[:, :2, None]).movedim(1, 0), w[:2], padding="same"
+    ).tanh(),
+    "conv2d": lambda w: F.conv2d(
+        (w * TABLE)[None, None], w.view(1, 1, 2, 2), w[:1], stride=2, padding=1
+    ).tanh(),
+    "conv2d, its bias alone": lambda w: F.conv2d(
+        TABLE[None, None], TABLE[:2, :2][None, None], bias=w[:1]
+    ).tanh(),
+    "conv_transpose2d": lambda w: F.conv_transpose2d(
+        TABLE[None, None], w.view(1, 1, 2, 2), None, 2
+    ).tanh(),
     "attention": lambda w: F.scaled_dot_product_attention(
         *[(w * TABLE * k)[None, None] for k in (1, 2, 3)]
     ),
@@ -151,6 +175,34 @@ def test_a_model_of_plain_operators_runs_once():
 
     gt.ggnvp(model, half_square, (W,), (V,))
     assert len(calls) == 1
+
+
+@pytest.mark.parametrize(
+    ("vector", "is_copied"),
+    [
+        (torch.stack([V, 2 * V])[1], False),
+        (torch.stack([V, 2 * V], dim=1)[:, 1], True),  # not contiguous
+        (V, False),
+    ],
+)
+def test_a_row_of_a_block_is_taken_as_it_is(vector, is_copied):
+    with forward_ad.dual_level():
+        tangent = forward_ad.unpack_dual(dual(W, vector)).tangent
+        assert (tangent.data_ptr() != vector.data_ptr()) == is_copied
+        assert torch.equal(tangent, vector)
+    found = gt.ggnvp(torch.sin, half_square, (W,), (vector,))[0]
+    assert torch.allclose(found, W.cos().square() * vector)
+
+
+def test_a_row_outlives_its_block():
+    block = torch.stack([V, 2 * V])
+    row = weakref.ref(block)
+    with forward_ad.dual_level():
+        moved = dual(W, block[1])
+        del block
+        gc.collect()
+        assert row() is None
+        assert torch.equal(forward_ad.unpack_dual(moved).tangent, 2 * V)
 
 
 def test_random_numbers_are_drawn_once():
