@@ -61,8 +61,8 @@ class Primals:
         else:
             chosen = tuple(self.args[number] for number in self.argnums)
         # A trace does not go through what is remembered.
-        flatten = trees.flatten if is_tracing() else trees.flatten_plain
-        self.every, self.spec = flatten(chosen)
+        self.flatten = trees.flatten if is_tracing() else trees.flatten_plain
+        self.every, self.spec = self.flatten(chosen)
         self.places = [i for i, x in enumerate(self.every) if is_differentiable(x)]
         self.leaves: list[torch.Tensor] = [self.every[i] for i in self.places]
         self._are_all = len(self.places) == len(self.every)
@@ -219,7 +219,7 @@ class Flat:
         tensors, self.aux = (
             trees.Structure.split(aux) if self.has_aux else ((), _NO_AUX)
         )
-        every, self.spec = trees.flatten(out)
+        every, self.spec = self.primals.flatten(out)
         self.able = [is_differentiable(x) for x in every]
         # Not all of them: the graph behind the others would live as long as this.
         self.constants = [
