@@ -288,7 +288,13 @@ def test_an_error_in_the_function_leaves_nothing_behind(call):
         (lambda: gt.hvp(cubic, (X, Y), (X, {"w": X})), "another structure"),
         (lambda: gt.vhp(torch.sum, (X,), (X[:2],)), "the cotangents do not fit"),
         (lambda: gt.hvp(torch.sum, (X,), (X,), argnums=2), "argnums names argument 2"),
+        (lambda: gt.grad(torch.sum, 0.0)(X), "argnums names argument 0.0"),
+        (lambda: gt.grad(cubic, (0, -2))(X, Y), r"an argument twice: \(0, -2\)"),
         (lambda: gt.hvp(torch.sum, (3,), (3,)), "no floating or complex tensor"),
+        (
+            lambda: gt.ggnvp(torch.argmax, torch.sum, (X,), (X,)),
+            "to differentiate in among a tensor of shape \\(\\), int64",
+        ),
         (
             lambda: gt.hvp(torch.sum, (X,), (X,), has_aux=True),
             r"a pair \(output, aux\)",
