@@ -6,7 +6,7 @@ import functools
 import itertools
 import math
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from types import TracebackType
 from typing import Any, NamedTuple
 
@@ -42,11 +42,17 @@ class CurvatureOperator:
     """
 
     def __init__(
-        self, name: str, primals: Primals, products: Products, aux: Any = None
+        self,
+        name: str,
+        primals: Primals,
+        products: Products,
+        aux: Any = None,
+        agree: Callable[[float], float] = float,
     ) -> None:
         self._name = name
         self._primals = primals
         self._products: Products | None = products
+        self._agree = agree  # with other ranks, which must take the same blocks
         self._is_bare = primals.argnums is None and len(primals.args) == 1
         self._paces: dict[_Way, list[float]] = {}  # seconds for each vector
         self._unable: set[_Way] = set()
@@ -316,7 +322,7 @@ class CurvatureOperator:
             is_trial = len(self._paces.get(way, ())) < _TRIALS
             begin = self._clock() if is_trial else 0.0
             found = (self._open().pushed if way.is_forward else self._several)(part)
-            seconds = self._clock() - begin if is_trial else 0.0
+            seconds = self._agree(self._clock() - begin) if is_trial else 0.0
             if found is None or (
                 way.is_forward and is_trial and not self._agrees(part, found)
             ):
@@ -343,7 +349,7 @@ class CurvatureOperator:
 
     @functools.cached_property
     def _bytes_of_a_product(self) -> int:
-        return self._open().bytes_of_a_product()
+        return int(self._agree(self._open().bytes_of_a_product()))
 
     def _agrees(self, vectors: Tensors, found: Tensors) -> bool:
         """Whether the first of the products is what the graph gives."""

@@ -39,10 +39,8 @@ def plain_cg(A: Product, b: Any, **options: Any) -> Any:
     """Solve with a symmetric positive definite matrix; see :func:`cg`."""
     asked: dict[str, Any] = {"rtol": _precision(b), **options}
     x, info = cg(A, b, **asked)
-    norm = torch.sqrt(
-        sum(leaf.abs().square().sum() for leaf in Primals((b,), 0, "solve").leaves)
-    )
-    far = info.residual_norm
+    right = [leaf.reshape(-1) for leaf in Primals((b,), 0, "solve").leaves]
+    norm, far = torch.linalg.vector_norm(torch.cat(right)), info.residual_norm
     refuse_unsolved("cg", far, norm, asked["rtol"], info.negative_curvature)
     return trees.map_tensors(lambda leaf: _marked(leaf, far), x)
 
