@@ -9,6 +9,7 @@ import torch
 from torch.autograd import forward_ad
 
 from gradtools import torch_compat
+from gradtools.gradcheck.surroundings import buffers_kept
 from gradtools.second_order.primals import (
     Argnums,
     Flat,
@@ -172,7 +173,8 @@ def _forward(
             raise
         return None
     if any(tensor.requires_grad for tensor in pushed):  # of what f captures
-        return None
+        with buffers_kept([flat]):  # this run has updated them
+            return _by_transposition(flat, leaves, vectors)
     return outputs, pushed, aux
 
 
