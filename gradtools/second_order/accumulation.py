@@ -83,7 +83,12 @@ class OverBatches:
 class OverRanks:
     """The sum of what the ranks of a process group give, by one all-reduce each."""
 
-    def __init__(self, products: Products, group: Any) -> None:
+    def __init__(self, products: Products, group: Any, who: str) -> None:
+        if torch.distributed.get_rank(group) < 0:  # its all-reduce would do nothing
+            raise DefinitionError(
+                f"{who}: rank {torch.distributed.get_rank()} is not in the group",
+                fix="Ask for the operator on the ranks of the group alone.",
+            )
         self._products, self._group = products, group
         self.value, *self.grads = self._summed([products.value, *products.grads])
         self.aux = products.aux
@@ -103,6 +108,14 @@ class OverRanks:
     def bytes_of_a_product(self) -> int:
         """Return what this rank needs."""
         return self._products.bytes_of_a_product()
+
+    def largest(self, number: float) -> float:
+        """Return the largest of the ranks' numbers, for what all must do the same."""
+        device = self.value.device
+        found = torch.tensor(number, dtype=torch.float64, device=device)
+        largest = torch.distributed.ReduceOp.MAX
+        torch.distributed.all_reduce(found, largest, group=self._group)
+        return float(found)
 
     def _summed(self, tensors: Tensors) -> list[torch.Tensor]:
         """Add up over the ranks; one all-reduce for each dtype and device."""

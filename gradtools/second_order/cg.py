@@ -9,12 +9,12 @@ from typing import Any, NamedTuple
 import torch
 
 from gradtools import torch_compat
-from gradtools.errors import DefinitionError
+from gradtools.errors import DefinitionError, TransformError
 from gradtools.lowering.boundary import is_tracing
 from gradtools.second_order.operators import CurvatureOperator
 from gradtools.second_order.primals import Primals, Tensors
 
-__all__ = ["CGInfo", "as_product", "cg", "is_over"]
+__all__ = ["CGInfo", "as_product", "cg", "is_over", "refuse_sides", "refuse_unsolved"]
 
 STEPS_BETWEEN_LOOKS = 8
 """How often the loop asks a device whether it may end: an answer stops its queue."""
@@ -77,8 +77,9 @@ def cg(
         ``(x, info)`` with x in the structure of b, and a :class:`.CGInfo`.
 
     Raises:
-        DefinitionError: The products of A have another structure than b, or
-            torch.compile meets a call without ``maxiter=``.
+        DefinitionError: The products of A have another structure than b, the batch or
+            the damping does not fit, or torch.compile meets a call without
+            ``maxiter=``.
 
     Example:
         >>> A = torch.tensor([[3.0, 1.0], [1.0, 2.0]])
@@ -88,6 +89,10 @@ def cg(
     """
     asked = Primals((b,), 0, "cg")
     right = asked.leaves
+    _refuse_batch(right, batch_dims, damping)
+    for matrix in (A, M):
+        if isinstance(matrix, torch.Tensor):
+            refuse_sides(matrix, b, "cg", batch_dims)
     multiply = _on_leaves(as_product(A, batch_dims), asked, "the product A(x)")
     inner = _InnerProduct(batch_dims)
     start = [torch.zeros_like(part) for part in right]
@@ -163,7 +168,10 @@ class _State:
     def info(self) -> CGInfo:
         """Say how it went."""
         return CGInfo(
-            self.square <= self.enough, self.steps, self.square.sqrt(), self.bent
+            (self.square <= self.enough) & self.square.isfinite(),
+            self.steps,
+            self.square.sqrt(),
+            self.bent,
         )
 
 
@@ -175,10 +183,7 @@ class _InnerProduct:
 
     def __call__(self, left: Tensors, right: Tensors) -> torch.Tensor:
         """Return one number per system; real, also for complex vectors."""
-        parts = [
-            self._summed((a.conj() * b).real if a.is_complex() else a * b)
-            for a, b in zip(left, right, strict=True)
-        ]
+        parts = [self._summed(_times(a, b)) for a, b in zip(left, right, strict=True)]
         return sum(parts[1:], parts[0])
 
     def plus(
@@ -203,7 +208,17 @@ class _InnerProduct:
         return product.reshape(*product.shape[: self.batch_dims], -1).sum(-1)
 
     def _broad(self, factor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-        return factor.reshape(*factor.shape, *[1] * (like.dim() - factor.dim()))
+        return factor.reshape((*factor.shape, *[1] * (like.dim() - factor.dim())))
+
+
+def _times(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Multiply number by number, for a sum of real parts.
+
+    In float32 what is shorter: the square of 300 is beyond float16, and that of 1e-4.
+    """
+    if a.is_complex():
+        return (a.conj() * b).real
+    return a.float() * b.float() if a.dtype.itemsize < 4 else a * b
 
 
 def as_product(A: Any, batch_dims: int = 0) -> Callable[[Any], Any]:
@@ -228,9 +243,76 @@ def is_over(active: torch.Tensor) -> bool:
 
     Under vmap the batch is looked at as a whole, underneath.
     """
-    if is_tracing() or torch_compat.is_fake(torch_compat.plain(active)):
-        return False
-    return not bool(torch_compat.plain(active).any())
+    return _has_values(active) and not bool(torch_compat.plain(active).any())
+
+
+def refuse_unsolved(
+    name: str,
+    residual: torch.Tensor,
+    right: torch.Tensor,
+    rtol: float,
+    bent: Any = None,
+) -> None:
+    """Raise where a residual is far above the tolerance, and known.
+
+    Half of the digits will do: the rest may be lost to rounding. What is not finite
+    stays so, and may be what the caller looks out for.
+    """
+    far = (residual > rtol**0.5 * right) & residual.isfinite()
+    if not _has_values(far) or is_over(far):
+        return
+    if bent is not None and bool(torch_compat.plain(bent).any()):
+        raise TransformError(
+            f"{name}: the matrix is not positive definite, and no solution was found",
+            fix="Turn the sign of a negative definite one (of the equation); for any "
+            'other use solve="gmres" or "dense".',
+        )
+    shares = torch_compat.plain(torch.where(far, residual / right, 0))
+    raise TransformError(
+        f"{name}: no solution was found: the residual is {float(shares.max()):.0e} of "
+        "the right-hand side",
+        fix='Use solve="dense", or a function solve(A, b) that goes on for longer.',
+    )
+
+
+def _has_values(tensor: torch.Tensor) -> bool:
+    return not (is_tracing() or torch_compat.is_fake(torch_compat.plain(tensor)))
+
+
+def refuse_sides(A: torch.Tensor, b: Any, who: str, batch_dims: int = 0) -> None:
+    """Raise where a right-hand side is none of a matrix, or has several in columns."""
+    is_square = A.dim() > 1 and A.shape[-1] == A.shape[-2]
+    if is_square and isinstance(b, torch.Tensor) and b.dim() >= batch_dims:
+        systems = b.shape[:batch_dims] if A.dim() == 2 else A.shape[:-2]
+        if b.shape == (*systems, A.shape[-1]):
+            return
+    got = tuple(b.shape) if isinstance(b, torch.Tensor) else type(b).__name__
+    raise DefinitionError(
+        f"{who}: a matrix of shape {tuple(A.shape)} and a right-hand side of "
+        f"{'shape ' if isinstance(b, torch.Tensor) else 'type '}{got} make no system",
+        fix="Give (n, n) and (n,). For several in columns take torch.vmap over them: "
+        "in_dims=1, out_dims=1.",
+    )
+
+
+def _refuse_batch(
+    right: Tensors, batch_dims: int, damping: float | torch.Tensor
+) -> None:
+    """Raise where the systems of a batch are not counted the same everywhere."""
+    shapes = [tuple(part.shape) for part in right]
+    leading = {shape[:batch_dims] for shape in shapes} if batch_dims >= 0 else set()
+    if len(leading) != 1 or len(systems := leading.pop()) != batch_dims:
+        raise DefinitionError(
+            f"cg: the tensors of b have no {batch_dims} leading dimensions in common: "
+            f"their shapes are {', '.join(map(str, shapes))}",
+            fix="Say with batch_dims= how many of them count systems.",
+        )
+    if isinstance(damping, torch.Tensor) and damping.shape not in ((), systems):
+        raise DefinitionError(
+            f"cg: the damping has shape {tuple(damping.shape)}, and the batch of "
+            f"systems {systems}",
+            fix="Give one number, or one for each system.",
+        )
 
 
 def _on_leaves(

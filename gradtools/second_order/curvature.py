@@ -46,7 +46,8 @@ def hvp_fn(
         ``op.grad``.
 
     Raises:
-        DefinitionError: f returns no scalar, or the batches can be read only once.
+        DefinitionError: f returns no scalar, the batches can be read only once, or this
+            rank is not in the group.
 
     Example:
         >>> x = torch.tensor([1.0, 2.0])
@@ -128,6 +129,7 @@ def _operator(
         products, aux = at()
     else:
         products = OverBatches(lambda batch: at(batch)[0], batches, asked.who, progress)
-    if group is not None:
-        products = OverRanks(products, group)
-    return CurvatureOperator(name, asked, products, aux)
+    if group is None:
+        return CurvatureOperator(name, asked, products, aux)
+    ranks = OverRanks(products, group, asked.who)
+    return CurvatureOperator(name, asked, ranks, aux, agree=ranks.largest)

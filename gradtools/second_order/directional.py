@@ -9,6 +9,7 @@ import torch
 from torch.autograd import forward_ad
 
 from gradtools import torch_compat
+from gradtools.gradcheck.surroundings import buffers_kept
 from gradtools.second_order.primals import (
     Argnums,
     Flat,
@@ -136,11 +137,11 @@ def linearize(f: Callable[..., Any], *primals: Any, has_aux: bool = False) -> An
     asked = Primals(primals, None, "linearize")
     flat = asked.flat(f, has_aux=has_aux)
     pull = Pullback(flat, asked.leaves, order=2)
-    linear = transposed(pull)
+    linear = transposed(pull) if pull.outputs else None
 
     def push(*tangents: Any) -> Any:
         vectors = asked.tangents(tangents)
-        return flat.output(linear(vectors), constants=False)
+        return flat.output(linear(vectors) if linear else (), constants=False)
 
     output = flat.output(pull.outputs)
     return (output, push, flat.aux.rebuild(pull.aux)) if has_aux else (output, push)
@@ -172,7 +173,8 @@ def _forward(
             raise
         return None
     if any(tensor.requires_grad for tensor in pushed):  # of what f captures
-        return None
+        with buffers_kept([flat]):  # this run has updated them
+            return _by_transposition(flat, leaves, vectors)
     return outputs, pushed, aux
 
 
@@ -180,7 +182,8 @@ def _by_transposition(
     flat: Flat, leaves: Tensors, vectors: Tensors
 ) -> tuple[Tensors, Tensors, Tensors]:
     pull = Pullback(flat, leaves, order=2)
-    return pull.outputs, transposed(pull)(vectors, is_last=True), pull.aux
+    pushed = transposed(pull)(vectors, is_last=True) if pull.outputs else ()
+    return pull.outputs, pushed, pull.aux
 
 
 def _by_transform(

@@ -14,9 +14,9 @@ from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 
 from gradtools.second_order.stand_ins import (
-    STAND_INS,
     WRONG_IN_FORWARD_MODE,
     is_always,
+    stand_in_of,
 )
 
 __all__ = ["OneJacobian", "dual"]
@@ -62,7 +62,7 @@ class OneJacobian(TorchFunctionMode):
             raise NotImplementedError(f"the forward AD of {name} is another")
         if name in _PRODUCTS and len(args) > 1 and "out" not in options:
             return _product(func, *args, **options)
-        stand_in = STAND_INS.get(name)
+        stand_in = stand_in_of(func)
         if stand_in is not None and stand_in.order <= 2:
             func = stand_in.function
         out = func(*args, **options)

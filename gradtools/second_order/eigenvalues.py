@@ -94,7 +94,7 @@ def eigenpairs_of(
     generator: torch.Generator | None = None,
 ) -> Eigenpairs:
     """Return some eigenvalues of an operator; see :func:`hessian_eigs`."""
-    size = op.shape[0]
+    size, dtype = op.shape[0], op.matrix_dtype
     if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= size:
         raise DefinitionError(
             f"hessian_eigs: k is {k!r}, and there are {size} eigenvalues",
@@ -106,21 +106,22 @@ def eigenpairs_of(
                 f"hessian_eigs: there is no {given!r}",
                 fix=f"Use one of {', '.join(map(repr, known))}.",
             )
-    if size <= max(_DENSE, 3 * k):  # where a Krylov space would be the whole one
+    # Where a Krylov space, or the three blocks of lobpcg, would be the whole one.
+    if size <= max(_DENSE, (3 if method == "lanczos" else 5) * k):
         values, vectors = _of_the_matrix(op, k, which)
     else:
         start = torch.randn(
             size,
             1 if method == "lanczos" else k,
-            dtype=op.dtype,
+            dtype=dtype,
             device="cpu" if generator is None else generator.device,
             generator=generator,
         )
         found = _lanczos if method == "lanczos" else _lobpcg
         array = start.cpu().numpy()
         found_values, found_vectors = found(op, k, which, array, tol, maxiter)
-        values = torch.as_tensor(found_values, dtype=op.dtype, device=op.device)
-        vectors = torch.as_tensor(found_vectors, dtype=op.dtype, device=op.device)
+        values = torch.as_tensor(found_values, dtype=dtype, device=op.device)
+        vectors = torch.as_tensor(found_vectors, dtype=dtype, device=op.device)
     order = _sorted(values, which)
     return Eigenpairs(values[order], op.unflatten(vectors[:, order].mT.contiguous()))
 
@@ -132,6 +133,7 @@ def _of_the_matrix(
     op: CurvatureOperator, k: int, which: Which
 ) -> tuple[torch.Tensor, torch.Tensor]:
     matrix = op @ torch.eye(op.shape[0], dtype=op.dtype, device=op.device)
+    _refuse_not_finite(bool(matrix.isfinite().all()))
     values, vectors = torch.linalg.eigh((matrix + matrix.mT).detach() / 2)
     chosen = _sorted(values, which)[:k]
     return values[chosen], vectors[:, chosen]
@@ -146,14 +148,35 @@ def _lanczos(
     maxiter: int | None,
 ) -> Any:
     linalg = extra("scipy.sparse.linalg", "scipy")
+    operator, begin = op.to_scipy(), start[:, 0]
+    moved = operator @ begin
+    _refuse_not_finite(bool(np.isfinite(moved).all()))
+    if not moved.any():  # of a random vector nothing is left: the matrix is zero
+        return np.zeros(k), np.eye(op.shape[0], k)
+    # ARPACK begins in the range of the matrix, and would not find what is mapped to
+    # zero: dead parameters. Where the order of the eigenvalues allows, it is shifted.
+    shift = 0.0
+    if which != "LM":
+        shift = float(np.linalg.norm(moved) / np.linalg.norm(begin))
+    shifted = linalg.LinearOperator(
+        operator.shape,
+        dtype=operator.dtype,
+        matvec=lambda v: operator @ v + shift * v,
+    )
     try:
-        return linalg.eigsh(
-            op.to_scipy(), k, which=which, v0=start[:, 0], tol=tol, maxiter=maxiter
+        values, vectors = linalg.eigsh(
+            shifted, k, which=which, v0=begin, tol=tol, maxiter=maxiter
         )
+        return values - shift, vectors
     except linalg.ArpackNoConvergence as error:
         raise TransformError(
             f"hessian_eigs: {len(error.eigenvalues)} of {k} eigenvalues converged",
             fix="Raise maxiter= or tol=, or ask for fewer.",
+        ) from error
+    except linalg.ArpackError as error:
+        raise TransformError(
+            f"hessian_eigs: Lanczos failed in {operator.dtype}: {error}",
+            fix='Use method="lobpcg", or a longer dtype.',
         ) from error
 
 
@@ -177,13 +200,22 @@ def _lobpcg(
         operator, start, largest=which == "LA", tol=wanted, maxiter=maxiter or 500
     )
     residuals = np.linalg.norm(operator @ vectors - vectors * values, axis=0)
-    far = residuals > 10 * max(wanted, wanted * float(np.abs(values).max()))
+    far = ~(residuals <= 10 * max(wanted, wanted * float(np.abs(values).max())))
     if far.any():
         raise TransformError(
             f"hessian_eigs: {int((~far).sum())} of {k} eigenvalues converged",
             fix='Raise maxiter= or tol=, ask for fewer, or use method="lanczos".',
         )
     return values, vectors
+
+
+def _refuse_not_finite(is_finite: bool) -> None:
+    if not is_finite:
+        raise TransformError(
+            "hessian_eigs: products of the Hessian are not finite",
+            fix="Move the primals away from where the function has no second "
+            "derivative.",
+        )
 
 
 def _sorted(values: torch.Tensor, which: Which) -> torch.Tensor:

@@ -96,8 +96,8 @@ def hessian_trace(
             Woodruff, 2021); or ``"xtrace"``, which uses every product for both (E.
             Epperly, J. Tropp and R. Webber, 2024). The last two are far better where
             the spectrum decays.
-        samples: How many products the estimate may take, 2 or more (3 for hutch++, 4
-            for xtrace).
+        samples: How many products the estimate may take, 2 or more (4 for hutch++ and
+            xtrace).
         generator: Of the random vectors; None: torch's default one.
         argnums: Which arguments count, as in :func:`hvp`.
 
@@ -125,6 +125,7 @@ def diagonal_of(
     chunk: int | None = None,
 ) -> Estimate:
     """Return the diagonal of an operator; see :func:`hessian_diag`."""
+    _ = op.matrix_dtype  # an error where there is none
     if method == "exact":
         parts = [
             _products(op, unit, chunk).diagonal(offset=-start)[: unit.shape[1]]
@@ -150,6 +151,7 @@ def trace_of(
     generator: torch.Generator | None = None,
 ) -> Estimate:
     """Return the trace of an operator; see :func:`hessian_trace`."""
+    _ = op.matrix_dtype  # an error where there is none
     if method == "exact":
         parts = [
             _products(op, unit).diagonal(offset=-start).sum()
@@ -197,6 +199,10 @@ def _xtrace(
     With ``A W = Q R`` the basis without the vector i is Q without the direction s_i,
     the i-th column of ``inv(R).T`` at length one; so one factorization serves all. The
     vectors are drawn on a sphere, and scaled anew in the space that a basis leaves.
+
+    Where R is singular, the others reach all that A does: s_i is then a direction that
+    A does not reach, and nothing is lost with it. So singular values are kept from
+    zero, and none is left out, as a pseudoinverse would.
     """
     size = op.shape[0]
     count = min(samples // 2, size)
@@ -207,7 +213,10 @@ def _xtrace(
     if count == size:
         trace = inner.diagonal().sum()
         return Estimate(trace, torch.zeros_like(trace))
-    gone = torch.linalg.pinv(triangle).mT
+    left, singular, right = torch.linalg.svd(triangle)
+    limits = torch.finfo(triangle.dtype)
+    least = (singular.max() * limits.eps).clamp(min=limits.tiny)
+    gone = (left * (least / singular.clamp(min=least))) @ right
     gone = gone / torch.linalg.vector_norm(gone, dim=0)
     inside = basis.mT @ tests
     # Of each test vector what lies in its own basis, and so not in the rest.
@@ -244,7 +253,7 @@ def _unit_vectors(op: CurvatureOperator) -> list[tuple[int, torch.Tensor]]:
     """Return the unit vectors by parts, each with the number of its first."""
     size = op.shape[0]
     parts = []
-    for start in range(0, size, CHUNK):
+    for start in range(0, max(size, 1), CHUNK):
         count = min(CHUNK, size - start)
         unit = torch.zeros(size, count, dtype=op.dtype, device=op.device)
         unit[start : start + count].fill_diagonal_(1)

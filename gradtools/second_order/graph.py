@@ -13,6 +13,7 @@ from torch.overrides import has_torch_function
 
 from gradtools import torch_compat
 from gradtools.errors import TransformError
+from gradtools.gradcheck.surroundings import buffers_kept
 from gradtools.lowering.forward_mode import alias
 from gradtools.second_order.primals import Tensors
 from gradtools.second_order.sound import plainly, usable, within_transforms
@@ -82,7 +83,8 @@ def recorded(
         total = max(total, order + 1)
         run = run._replace(goes_on=True)
     if _wrong(kinds, total):
-        run = Run.of(function, leaves, order, run.goes_on, within_transforms)
+        with buffers_kept([function]):  # the first run has updated them
+            run = Run.of(function, leaves, order, run.goes_on, within_transforms)
         remain = _wrong(_looked_through(run)[0], total)
         if remain:
             raise TransformError(

@@ -102,9 +102,9 @@ def custom_fixed_point(
 
     @functools.wraps(T)
     def difference(x: Any, *theta: Any) -> Any:
-        moved, spec = trees.flatten(T(x, *theta))
-        here = trees.flatten_like(x, spec)
-        return trees.unflatten([a - b for a, b in zip(moved, here, strict=True)], spec)
+        place = Primals((x,), 0, "custom_fixed_point")
+        moved = place.tangents(T(x, *theta), "the values of T")
+        return place.tree([a - b for a, b in zip(moved, place.leaves, strict=True)])
 
     solver = named_solver(solve, "custom_fixed_point")
     root = _Root(difference, solver, is_symmetric=solve == "cg", has_aux=has_aux)

@@ -13,7 +13,7 @@ from gradtools.lowering.contents import Converted
 from gradtools.rules.convert import closure_convert
 from gradtools.rules.custom_vjp import custom_vjp
 from gradtools.rules.signature import is_differentiable
-from gradtools.second_order.cg import as_product
+from gradtools.second_order.cg import as_product, refuse_sides
 from gradtools.second_order.directional import jvp, vjp
 from gradtools.second_order.operators import CurvatureOperator
 from gradtools.second_order.solvers import Solve, named_solver
@@ -49,7 +49,9 @@ def linear_solve(
         x, in the structure of b.
 
     Raises:
-        DefinitionError: A is no matrix and no function, or the solver is not known.
+        DefinitionError: A is no matrix and no function, the solver is not known, or a
+            matrix and b make no system.
+        TransformError: cg or gmres finds no solution.
 
     Example:
         >>> A = torch.tensor([[2.0, 0.0], [1.0, 4.0]])
@@ -69,6 +71,8 @@ def linear_solve(
     default = "dense" if product.function is _times else "cg" if symmetric else "gmres"
     solver = named_solver(solve or default, "linear_solve")
     other = named_solver(transpose_solve or solver, "linear_solve")
+    if isinstance(A, torch.Tensor):
+        refuse_sides(A, b, "linear_solve")
     return solved(System(product, solver, other, is_symmetric=symmetric), operands, b)
 
 

@@ -6,14 +6,16 @@ import functools
 import itertools
 import math
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from types import TracebackType
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 from gradtools import trees
 from gradtools.errors import DefinitionError, TransformError
+from gradtools.lowering.boundary import is_tracing
 from gradtools.second_order.extras import extra
 from gradtools.second_order.primals import Primals, Tensors
 from gradtools.second_order.reverse import Products
@@ -40,11 +42,17 @@ class CurvatureOperator:
     """
 
     def __init__(
-        self, name: str, primals: Primals, products: Products, aux: Any = None
+        self,
+        name: str,
+        primals: Primals,
+        products: Products,
+        aux: Any = None,
+        agree: Callable[[float], float] = float,
     ) -> None:
         self._name = name
         self._primals = primals
         self._products: Products | None = products
+        self._agree = agree  # with other ranks, which must take the same blocks
         self._is_bare = primals.argnums is None and len(primals.args) == 1
         self._paces: dict[_Way, list[float]] = {}  # seconds for each vector
         self._unable: set[_Way] = set()
@@ -95,6 +103,21 @@ class CurvatureOperator:
         """The device that all primals share."""
         return self._shared("device")
 
+    @property
+    def matrix_dtype(self) -> torch.dtype:
+        """The same, where the operator is a matrix: not of complex numbers.
+
+        In them the product with 1j is another than 1j times the product.
+        """
+        if self.dtype.is_complex:
+            raise DefinitionError(
+                f"{self._name}: in complex numbers it is linear over the real ones "
+                "alone, and has no matrix, no diagonal and no eigenvalues",
+                fix="Differentiate in real numbers: take x = torch.view_as_real(z), "
+                "and z = torch.view_as_complex(x) inside of the function.",
+            )
+        return self.dtype
+
     def __call__(self, *tangents: Any) -> Any:
         """Multiply with one vector.
 
@@ -127,6 +150,11 @@ class CurvatureOperator:
             The products, with the same leading dimension.
         """
         given, count = self._primals.block(self._given(vectors))
+        if count == 0:
+            self._open()
+            return self._tree([torch.empty_like(vector) for vector in given])
+        if is_tracing():  # nothing can be timed, and loops are unrolled
+            chunk = chunk or count
         if chunk is None:
             parts = list(self._at_the_best_pace(given, count, memory))
         else:
@@ -163,7 +191,14 @@ class CurvatureOperator:
         given = self._given(self.apart(tree))
         if is_block:
             values, count = self._primals.block(given)
-            return torch.cat([value.reshape(count, -1) for value in values], 1)
+            leaves = self._primals.leaves
+            return torch.cat(
+                [
+                    value.reshape(count, leaf.numel())
+                    for value, leaf in zip(values, leaves, strict=True)
+                ],
+                1,
+            )
         return torch.cat([value.reshape(-1) for value in self._primals.tangents(given)])
 
     @spelled
@@ -181,9 +216,11 @@ class CurvatureOperator:
     def to_scipy(self) -> Any:
         """Return it as a ``scipy.sparse.linalg.LinearOperator`` on numpy arrays."""
         linalg = extra("scipy.sparse.linalg", "scipy")
-        dtype, device = self.dtype, self.device
+        dtype, device = self.matrix_dtype, self.device
 
         def multiply(array: Any) -> Any:
+            if np.iscomplexobj(array):
+                return multiply(array.real) + 1j * multiply(array.imag)
             given = torch.as_tensor(array, dtype=dtype, device=device)
             flat = given.reshape(-1) if given.shape[-1:] == (1,) else given
             return (self @ flat).detach().cpu().numpy().reshape(array.shape)
@@ -285,7 +322,7 @@ class CurvatureOperator:
             is_trial = len(self._paces.get(way, ())) < _TRIALS
             begin = self._clock() if is_trial else 0.0
             found = (self._open().pushed if way.is_forward else self._several)(part)
-            seconds = self._clock() - begin if is_trial else 0.0
+            seconds = self._agree(self._clock() - begin) if is_trial else 0.0
             if found is None or (
                 way.is_forward and is_trial and not self._agrees(part, found)
             ):
@@ -312,7 +349,7 @@ class CurvatureOperator:
 
     @functools.cached_property
     def _bytes_of_a_product(self) -> int:
-        return self._open().bytes_of_a_product()
+        return int(self._agree(self._open().bytes_of_a_product()))
 
     def _agrees(self, vectors: Tensors, found: Tensors) -> bool:
         """Whether the first of the products is what the graph gives."""

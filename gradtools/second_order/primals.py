@@ -75,8 +75,8 @@ class Primals:
 
     def _checked(self, argnums: Argnums) -> Argnums:
         count = len(self.args)
-        numbers = (argnums,) if isinstance(argnums, int) else argnums
-        for number in numbers or ():
+        numbers = argnums if isinstance(argnums, (tuple, list)) else (argnums,)
+        for number in () if argnums is None else numbers:
             if not isinstance(number, int) or not -count <= number < count:
                 raise DefinitionError(
                     f"{self.who}: argnums names argument {number!r}, and there are "
@@ -85,7 +85,15 @@ class Primals:
                 )
         if isinstance(argnums, int):
             return argnums % count
-        return None if argnums is None else tuple(n % count for n in argnums)
+        if argnums is None:
+            return None
+        chosen = tuple(number % count for number in argnums)
+        if len(set(chosen)) < len(chosen):
+            raise DefinitionError(
+                f"{self.who}: argnums names an argument twice: {argnums!r}",
+                fix="Name each once: its derivative would be given to one of the two.",
+            )
+        return chosen
 
     def with_leaves(self, leaves: Tensors) -> tuple[Any, ...]:
         """Return the arguments with other tensors in the place of the leaves."""

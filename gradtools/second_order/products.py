@@ -202,8 +202,8 @@ class GaussNewton:
         run: Run | None = None,
     ) -> None:
         self._pull = Pullback(flat, leaves, order=2, run=run)
-        self._push = transposed(self._pull)
         place = Primals((flat.output(self._pull.outputs),), 0, flat.primals.who)
+        self._push = transposed(self._pull)
         self._loss = Gradient(place.flat(loss), place.leaves)
         self.value, self.aux = self._loss.value, self._pull.aux
 

@@ -11,8 +11,9 @@ from typing import Any, TypeAlias
 
 import torch
 
+from gradtools import trees
 from gradtools.errors import DefinitionError
-from gradtools.second_order.cg import cg, is_over
+from gradtools.second_order.cg import cg, is_over, refuse_unsolved
 from gradtools.second_order.primals import Primals
 from gradtools.second_order.reverse import Pullback
 
@@ -37,7 +38,11 @@ def named_solver(solve: str | Solve, who: str) -> Solve:
 def plain_cg(A: Product, b: Any, **options: Any) -> Any:
     """Solve with a symmetric positive definite matrix; see :func:`cg`."""
     asked: dict[str, Any] = {"rtol": _precision(b), **options}
-    return cg(A, b, **asked)[0]
+    x, info = cg(A, b, **asked)
+    right = [leaf.reshape(-1) for leaf in Primals((b,), 0, "solve").leaves]
+    norm, far = torch.linalg.vector_norm(torch.cat(right)), info.residual_norm
+    refuse_unsolved("cg", far, norm, asked["rtol"], info.negative_curvature)
+    return trees.map_tensors(lambda leaf: _marked(leaf, far), x)
 
 
 def normal_cg(A: Product, b: Any, **options: Any) -> Any:
@@ -54,7 +59,7 @@ def dense(A: Product, b: Any) -> Any:
     flat = _Flat(A, b)
     identity = torch.eye(len(flat.b), dtype=flat.b.dtype, device=flat.b.device)
     columns = torch.func.vmap(flat.product)(identity)
-    return flat.tree(torch.linalg.solve(columns.mT, flat.b))
+    return flat.tree(torch.linalg.solve(_long(columns).mT, _long(flat.b)))
 
 
 def gmres(
@@ -78,17 +83,18 @@ def gmres(
         maxiter: How many restarts at most.
     """
     flat = _Flat(A, b)
-    x = torch.zeros_like(flat.b)
-    enough = (_precision(b) if rtol is None else rtol) * torch.linalg.vector_norm(
-        flat.b
-    )
+    x, residual = torch.zeros_like(flat.b), flat.b
+    norm = far = torch.linalg.vector_norm(flat.b)
+    rtol = _precision(b) if rtol is None else rtol
     # As many as can be needed without rounding: in a trace they are all there.
     for _ in range(min(maxiter, 2 * -(-len(flat.b) // restart))):
-        residual = flat.b - flat.product(x)
-        if is_over(torch.linalg.vector_norm(residual) > enough):
+        if is_over(far > rtol * norm):
             break
         x = x + _minimal(flat.product, residual, min(restart, len(flat.b)))
-    return flat.tree(x)
+        residual = flat.b - flat.product(x)
+        far = torch.linalg.vector_norm(residual)
+    refuse_unsolved("gmres", far, norm, rtol)
+    return flat.tree(_marked(x, far))
 
 
 def transposed_product(A: Product, like: Any) -> Product:
@@ -153,14 +159,24 @@ def _minimal(
         columns.append(
             torch.cat([weights + again, length[None].to(vector.dtype), rest])
         )
-    hessenberg = torch.stack(columns, 1)
+    hessenberg = _long(torch.stack(columns, 1))
     # The pseudoinverse, for the space may be complete before it has its full size.
-    coefficients = torch.linalg.pinv(hessenberg)[:, 0] * norm
+    coefficients = torch.linalg.pinv(hessenberg)[:, 0].to(residual.dtype) * norm
     return coefficients @ torch.stack(basis[:-1])
+
+
+def _marked(x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+    """Make a solution NaN where its residual is not finite, and was not solved for."""
+    return x + (0 * residual).to(x.dtype)
 
 
 def _nonzero(norm: torch.Tensor) -> torch.Tensor:
     return torch.where(norm > 0, norm, torch.ones_like(norm))
+
+
+def _long(matrix: torch.Tensor) -> torch.Tensor:
+    """Return what LAPACK has: it knows no short numbers."""
+    return matrix.float() if matrix.dtype.itemsize < 4 else matrix
 
 
 def _precision(b: Any) -> float:

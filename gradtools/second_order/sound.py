@@ -85,7 +85,12 @@ def in_forward_mode() -> Generator[None]:
 
     torch has one level of it for all threads of a process.
     """
-    with _one_at_a_time, _with_stand_ins(StandInsOfForwardMode()):
+    is_on = torch.is_grad_enabled()  # leaving inference mode would switch it on
+    with (
+        _one_at_a_time,
+        _with_stand_ins(StandInsOfForwardMode()),
+        torch.set_grad_enabled(is_on),
+    ):
         yield
 
 

@@ -17,6 +17,7 @@ torch's operators:
 
 from __future__ import annotations
 
+import types
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -27,11 +28,11 @@ from torch.overrides import TorchFunctionMode
 from gradtools import torch_compat
 
 __all__ = [
-    "STAND_INS",
     "WRONG_IN_FORWARD_MODE",
     "StandIns",
     "StandInsOfForwardMode",
     "is_always",
+    "stand_in_of",
     "wrong_at",
 ]
 
@@ -44,7 +45,7 @@ class StandIns(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        stand_in = STAND_INS.get(getattr(func, "__name__", ""))
+        stand_in = stand_in_of(func)
         function = func if stand_in is None else stand_in.function
         return function(*args, **(kwargs or {}))
 
@@ -122,9 +123,10 @@ def layer_norm(
     cudnn_enable: bool = True,
 ) -> Tensor:
     """Normalize the last dimensions."""
-    dims = tuple(range(-len(normalized_shape), 0))
-    variance, mean = torch.var_mean(input, dims, correction=0, keepdim=True)
-    return _scaled((input - mean) * torch.rsqrt(variance + eps), weight, bias)
+    dims, x = tuple(range(-len(normalized_shape), 0)), _wide(input)
+    variance, mean = torch.var_mean(x, dims, correction=0, keepdim=True)
+    normal = (x - mean) * torch.rsqrt(variance + eps)
+    return _scaled(normal, weight, bias).to(input.dtype)
 
 
 def batch_norm(
@@ -138,9 +140,10 @@ def batch_norm(
     eps: float = 1e-5,
 ) -> Tensor:
     """Normalize by the statistics of the batch, or the running ones."""
+    x = _wide(input)
     if training or running_mean is None or running_var is None:
         dims = (0, *range(2, input.dim()))
-        variance, mean = torch.var_mean(input, dims, correction=0)
+        variance, mean = torch.var_mean(x, dims, correction=0)
         if running_mean is not None and running_var is not None:
             count = input.numel() // input.shape[1]
             with torch.no_grad():
@@ -150,12 +153,12 @@ def batch_norm(
     else:
         mean, variance = running_mean, running_var
     shape = (1, -1, *[1] * (input.dim() - 2))
-    normal = (input - mean.view(shape)) * torch.rsqrt(variance.view(shape) + eps)
+    normal = (x - mean.view(shape)) * torch.rsqrt(variance.view(shape) + eps)
     return _scaled(
         normal,
         None if weight is None else weight.view(shape),
         None if bias is None else bias.view(shape),
-    )
+    ).to(input.dtype)
 
 
 def instance_norm(
@@ -174,8 +177,8 @@ def instance_norm(
         return batch_norm(
             input, running_mean, running_var, weight, bias, False, momentum, eps
         )
-    dims = tuple(range(2, input.dim()))
-    variance, mean = torch.var_mean(input, dims, correction=0, keepdim=True)
+    dims, x = tuple(range(2, input.dim())), _wide(input)
+    variance, mean = torch.var_mean(x, dims, correction=0, keepdim=True)
     if running_mean is not None and running_var is not None:
         count = input[0, 0].numel()
         with torch.no_grad():
@@ -185,9 +188,43 @@ def instance_norm(
                 running.mul_(1 - momentum).add_(average * momentum)
     shape = (1, -1, *[1] * len(dims))
     return _scaled(
-        (input - mean) * torch.rsqrt(variance + eps),
+        (x - mean) * torch.rsqrt(variance + eps),
         None if weight is None else weight.view(shape),
         None if bias is None else bias.view(shape),
+    ).to(input.dtype)
+
+
+def _torchs_batch_norm(
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+    cudnn_enabled: bool,
+) -> Tensor:
+    """Take the arguments in the order of ``torch.batch_norm``."""
+    return batch_norm(
+        input, running_mean, running_var, weight, bias, training, momentum, eps
+    )
+
+
+def _torchs_instance_norm(
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    use_input_stats: bool,
+    momentum: float,
+    eps: float,
+    cudnn_enabled: bool,
+) -> Tensor:
+    """Take the arguments in the order of ``torch.instance_norm``."""
+    return instance_norm(
+        input, running_mean, running_var, weight, bias, use_input_stats, momentum, eps
     )
 
 
@@ -217,7 +254,8 @@ def logcumsumexp(input: Tensor, dim: int) -> Tensor:
 
 def hardsigmoid(input: Tensor, inplace: bool = False) -> Tensor:
     """Return a sigmoid of three pieces."""
-    return functional.relu6(input + 3) / 6
+    out = functional.relu6(input + 3) / 6
+    return input.copy_(out) if inplace else out
 
 
 def embedding_bag(
@@ -234,14 +272,17 @@ def embedding_bag(
     padding_idx: int | None = None,
 ) -> Tensor:
     """Reduce bags of rows of a table, by way of the rows."""
+    if padding_idx is not None:
+        padding_idx %= len(weight)  # as in any index, -1 is the last row
     if input.dim() == 2:
         lengths = input.new_full((len(input),), input.shape[1])
         weights = None if per_sample_weights is None else per_sample_weights.flatten()
         input = input.flatten()
     else:
         begins = input.new_zeros(1) if offsets is None else offsets
-        ends = torch.cat([begins, begins.new_tensor([len(input)])])
-        lengths = (ends[:-1] if include_last_offset else ends).diff()
+        begins = begins[:-1] if include_last_offset else begins
+        # The last bag ends with the input, whatever the last offset says.
+        lengths = torch.cat([begins, begins.new_tensor([len(input)])]).diff()
         weights = per_sample_weights
     bags = torch.repeat_interleave(lengths)
     rows = functional.embedding(
@@ -250,10 +291,8 @@ def embedding_bag(
     if weights is not None:
         rows = rows * weights.unsqueeze(-1)
     if padding_idx is not None:
-        counts = (input != padding_idx).to(rows.dtype)
-        rows = rows * counts.unsqueeze(-1)
-    else:
-        counts = torch.ones_like(input, dtype=rows.dtype)
+        is_there = input != padding_idx
+        bags, rows = bags[is_there], rows[is_there]
     out = rows.new_zeros((len(lengths), weight.shape[1]))
     if mode == "max":
         index = bags.unsqueeze(-1).expand_as(rows)
@@ -261,13 +300,18 @@ def embedding_bag(
     out = out.index_add(0, bags, rows)
     if mode == "sum":
         return out
-    sizes = counts.new_zeros(len(lengths)).index_add(0, bags, counts)
+    sizes = torch.bincount(bags, minlength=len(lengths)).to(out.dtype)
     return out / sizes.clamp(min=1).unsqueeze(-1)
 
 
 def linear_cross_entropy(*args: Any, **kwargs: Any) -> Tensor:
     """Compute the loss in one piece."""
     return functional.linear_cross_entropy(*args, **{**kwargs, "options": None})
+
+
+def _wide(x: Tensor) -> Tensor:
+    """Return what norms of short numbers are computed in, by torch as well."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
 def _scaled(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
@@ -306,6 +350,24 @@ STAND_INS: Mapping[str, StandIn] = {
     # The switch of its backends comes first, where it can be thrown: see sound.
     "scaled_dot_product_attention": StandIn(attention),
 }
+_IN_TORCHS_OWN_ORDER: Mapping[str, StandIn | None] = {
+    "batch_norm": STAND_INS["batch_norm"]._replace(function=_torchs_batch_norm),
+    "instance_norm": STAND_INS["instance_norm"]._replace(
+        function=_torchs_instance_norm
+    ),
+    "embedding_bag": None,  # it returns more, and has an error by name
+}
+"""Functions of ``torch`` whose namesakes in ``torch.nn.functional`` take others."""
+
+
+def stand_in_of(func: Any) -> StandIn | None:
+    """Return what is to be called in the place of a function of torch's, if any is."""
+    name = getattr(func, "__name__", "")
+    if name in _IN_TORCHS_OWN_ORDER and isinstance(func, types.BuiltinFunctionType):
+        return _IN_TORCHS_OWN_ORDER[name]
+    return STAND_INS.get(name)
+
+
 _WRONG = {
     order: frozenset(
         node

@@ -140,3 +140,39 @@ def test_a_product_of_another_structure_is_refused(b):
         gt.cg(lambda v: v[:3], b)
     with pytest.raises(gt.DefinitionError, match="the x0 do not fit the primals"):
         gt.cg(lambda v: v, b, x0=(b, b))
+
+
+@pytest.mark.parametrize("size", [300.0, 1e-4])
+def test_short_numbers_whose_squares_are_none(size):
+    b = torch.full((N,), size, dtype=torch.float16)
+    x, info = gt.cg(lambda v: 2 * v, b)
+    assert_close(x, b / 2)
+    assert info.converged
+
+
+def test_a_norm_beyond_the_dtype_is_not_taken_for_convergence():
+    _, info = gt.cg(lambda v: 2 * v, torch.full((N,), 1e20, dtype=torch.float32))
+    assert not info.converged
+
+
+def test_a_number():
+    x, info = gt.cg(lambda v: 2 * v, torch.tensor(3.0))
+    assert_close(x, torch.tensor(1.5))
+    assert info.converged
+
+
+@pytest.mark.parametrize(
+    ("b", "options", "words"),
+    [
+        (torch.ones(N, N), {}, r"\(12, 12\) and a right-hand side of shape \(12, 12\)"),
+        (torch.ones(N, 2), {}, r"of shape \(12, 2\) make no system"),
+        ({"b": torch.ones(N)}, {}, r"a right-hand side of type dict make no system"),
+        (torch.ones(N), {"M": torch.ones(N, 2)}, r"\(12, 2\) and a right-hand side"),
+        (torch.ones(N), {"batch_dims": 2}, "no 2 leading dimensions in common"),
+        (torch.ones(N), {"batch_dims": -1}, "no -1 leading dimensions in common"),
+        (torch.ones(N), {"damping": torch.ones(N)}, r"damping has shape \(12,\)"),
+    ],
+)
+def test_what_makes_no_system_is_refused(A, b, options, words):
+    with pytest.raises(gt.DefinitionError, match=words):
+        gt.cg(A if options.get("batch_dims", 0) == 0 else lambda v: v, b, **options)

@@ -144,3 +144,14 @@ def test_the_marker_of_a_rule_is_pushed_and_pulled(unchecked):
 def test_what_does_not_fit_is_refused(call, words):
     with pytest.raises(gt.DefinitionError, match=words):
         call()
+
+
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_an_output_without_a_derivative(requires_grad):
+    x = torch.tensor([1.0, 3.0, 2.0], requires_grad=requires_grad)
+    out, tangent = gt.jvp(torch.argmax, (x,), (x.detach(),))
+    assert out == 1
+    assert tangent is None
+    out, push = gt.linearize(torch.argmax, x)
+    assert out == 1
+    assert push(x.detach()) is None

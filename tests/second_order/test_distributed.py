@@ -2,6 +2,7 @@
 
 import functools
 import os
+import time
 from datetime import timedelta
 
 import pytest
@@ -102,6 +103,31 @@ def products_over_ranks(rank, world):
     assert_close(x, again)
 
 
+def blocks_over_ranks(rank, world):
+    torch.manual_seed(0)
+    x, V = torch.randn(30), torch.randn(60, 30)
+    f = lambda x: (torch.tanh(x) ** 3).sum()
+    group = dist.group.WORLD
+    op = gt.hvp_fn(lambda x: (rank + 1) * f(x), x, group=group)
+    product = op._products._products.product
+
+    def slower(tangents, **options):  # what takes long on one does not on the other
+        is_block = options.get("is_block", False)
+        end = time.thread_time() + 0.005 * (len(tangents[0]) if is_block else 1)
+        while (rank == 0) == is_block and time.thread_time() < end:
+            pass
+        return product(tangents, **options)
+
+    op._products._products.product = slower
+    for _ in range(6):
+        found = op.block(V)
+    assert_close(found, gt.hvp_fn(lambda x: 3 * f(x), x).block(V))
+    alone = dist.new_group([0])
+    if rank == 1:
+        with pytest.raises(gt.DefinitionError, match="rank 1 is not in the group"):
+            gt.hvp_fn(f, x, group=alone)
+
+
 def wrapped_by_ddp(rank, world):
     fn, params, buffers = gt.functional(DistributedDataParallel(network()))
     loss = loss_of(fn, buffers)
@@ -151,6 +177,7 @@ def child(rank, world, path, work, backend="gloo"):
     [
         (products_over_ranks, 2),
         (products_over_ranks, 4),
+        (blocks_over_ranks, 2),
         (wrapped_by_ddp, 2),
         (sharded_by_fsdp, 2),
     ],

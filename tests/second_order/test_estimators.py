@@ -176,3 +176,64 @@ def test_eigenvalues_that_do_not_converge_are_an_error():
 def test_what_eigenvalues_cannot_be_asked_for(options, words):
     with pytest.raises(gt.DefinitionError, match=words):
         gt.hessian_eigs(quadratic(matrix(1.0)), torch.zeros(N), **options)
+
+
+@pytest.mark.parametrize("rank", [0, 1, 3])
+@pytest.mark.parametrize("samples", [8, 20, 60])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_matrix_of_low_rank_has_its_trace_exactly(rank, samples, dtype):
+    W = torch.randn(N, rank, dtype=dtype, generator=generator())
+    value, stderr = gt.hessian_trace(
+        lambda x: (x @ W).square().sum() / 2 + x.sum(),
+        torch.zeros(N, dtype=dtype),
+        method="xtrace",
+        samples=samples,
+        generator=generator(1),
+    )
+    assert_close(value, W.square().sum())
+    assert stderr <= 1e-4
+
+
+WEIGHTS = torch.arange(100.0, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("method", ["lanczos", "lobpcg"])
+@pytest.mark.parametrize("k", [1, 3])
+@pytest.mark.parametrize(("sign", "which"), [(-1, "LA"), (1, "SA")])
+def test_what_is_mapped_to_zero_is_among_the_eigenvalues(method, k, sign, which):
+    f = lambda x: sign * (WEIGHTS * x**2).sum() / 2  # the first parameter is dead
+    values, vectors = gt.hessian_eigs(
+        f, torch.randn(100), k=k, which=which, method=method, generator=generator()
+    )
+    assert_close(values, sign * WEIGHTS[:k], atol=1e-6, rtol=1e-6)
+    assert vectors[0, 0].abs() > 1 - 1e-6
+
+
+@pytest.mark.parametrize("method", ["lanczos", "lobpcg"])
+@pytest.mark.parametrize(("k", "which"), [(1, "LA"), (3, "SA"), (33, "LA")])
+def test_a_hessian_of_zeros_has_eigenvalues_too(method, k, which):
+    values, vectors = gt.hessian_eigs(
+        torch.sum, torch.zeros(100), k=k, which=which, method=method
+    )
+    assert (values == 0).all()
+    assert_close(vectors @ vectors.T, torch.eye(k))
+
+
+@pytest.mark.parametrize("size", [4, 100])
+def test_a_hessian_that_is_not_finite_is_an_error(size):
+    with pytest.raises(gt.TransformError, match="are not finite"):
+        gt.hessian_eigs(lambda x: (x**1.5).sum(), torch.zeros(size))
+
+
+def test_complex_numbers_have_no_matrix():
+    z = torch.randn(3, dtype=torch.complex128)
+    for estimate in (gt.hessian_diag, gt.hessian_trace, gt.hessian_eigs):
+        with pytest.raises(gt.DefinitionError, match="linear over the real ones alone"):
+            estimate(lambda z: (z**3).sum().real, z)
+
+
+def test_no_numbers_at_all():
+    x = torch.zeros(0)
+    assert gt.hessian_diag(torch.sum, x).value.shape == (0,)
+    for method in ("exact", "hutchinson", "hutch++", "xtrace"):
+        assert gt.hessian_trace(torch.sum, x, method=method).value == 0

@@ -262,3 +262,61 @@ def test_trees_on_the_right_hand_side(unchecked):
 def test_what_is_no_system_is_refused(call, words):
     with pytest.raises(gt.DefinitionError, match=words):
         call(torch.ones(2))
+
+
+@pytest.mark.parametrize(
+    ("A", "options", "words"),
+    [
+        (-torch.eye(3), {"symmetric": True}, "cg: the matrix is not positive definite"),
+        (torch.diag(torch.tensor([1.0, -2, 3])), {"symmetric": True}, "not positive"),
+        (torch.zeros(3, 3), {}, "gmres: no solution was found: the residual is 1e"),
+        (torch.eye(200).roll(1, 0), {}, r"gmres: no solution was found.*(.|\n)*dense"),
+    ],
+)
+def test_a_solver_that_finds_no_solution_says_so(A, options, words, unchecked):
+    A, b = A.double(), torch.linspace(1, 2, len(A))
+    with pytest.raises(gt.TransformError, match=words):
+        gt.linear_solve(lambda v: A @ v, b, **options)
+
+
+def test_an_equation_of_the_other_sign_has_no_zero_gradient(unchecked):
+    @gt.custom_root(lambda x, b: b - 2 * x, solve="cg")
+    def half(init, b):
+        return b / 2
+
+    with pytest.raises(gt.TransformError, match="Turn the sign"):
+        gt.grad(lambda b: half(torch.zeros(3), b).sum())(torch.ones(3))
+
+
+@pytest.mark.parametrize("solve", ["cg", "gmres", "normal-cg", "dense"])
+def test_what_is_not_finite_is_not_solved_to_zero(solve, unchecked):
+    b = torch.tensor([1.0, torch.inf])
+    assert not gt.linear_solve(lambda v: 2 * v, b, solve=solve).isfinite().any()
+
+
+@pytest.mark.parametrize("solve", ["cg", "gmres", "dense"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_short_numbers(solve, dtype, unchecked):
+    b = torch.tensor([1.0, 300.0], dtype=dtype)
+    x = gt.linear_solve(lambda v: 2 * v, b, solve=solve, symmetric=True)
+    assert_close(x, b / 2)
+
+
+@pytest.mark.parametrize("solve", ["cg", "gmres", "normal-cg", "dense"])
+def test_a_root_that_is_a_number(solve):
+    @gt.custom_root(lambda x, a: x**2 - a, solve=solve)
+    def root(init, a):
+        return a.sqrt()
+
+    assert_close(
+        gt.grad(root, 1)(torch.tensor(1.0), torch.tensor(4.0)), torch.tensor(0.25)
+    )
+
+
+def test_a_map_to_another_shape_has_no_fixed_point(unchecked):
+    @gt.custom_fixed_point(lambda x, a: (x * a).sum())
+    def solver(init, a):
+        return a
+
+    with pytest.raises(gt.DefinitionError, match="the values of T do not fit"):
+        gt.grad(lambda a: solver(torch.zeros(3), a).sum())(torch.ones(3))

@@ -3,6 +3,7 @@
 import gc
 import weakref
 
+import numpy as np
 import pytest
 import torch
 from scipy.sparse import linalg
@@ -206,6 +207,10 @@ def test_third_derivatives_through_an_operator():
         (lambda op, x: op.block(x.expand(2, 3), chunk=0), "chunk must be a positive"),
         (lambda op, x: op.block({"a": x}), "the vectors do not fit"),
         (lambda op, x: op(x[:2]), "the tangents do not fit"),
+        (
+            lambda op, x: gt.hvp_fn(lambda z: z.abs().sum(), x + 1j * x).to_scipy(),
+            "linear over the real ones alone",
+        ),
         (lambda op, x: gt.hvp_fn(torch.sum, x, batches=iter([])), "an iterator"),
         (lambda op, x: gt.hvp_fn(torch.sum, x, batches=[]), "no batches to sum"),
         (
@@ -224,3 +229,22 @@ def test_a_missing_extra_says_how_it_is_installed(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "scipy.sparse.linalg", None)
     with pytest.raises(gt.DefinitionError, match=r"pip install gradtools\[scipy\]"):
         gt.hvp_fn(lambda x: (x**3).sum(), torch.randn(3)).to_scipy()
+
+
+def test_a_block_of_no_vectors():
+    op = gt.hvp_fn(lambda x: (x**3).sum(), torch.randn(3))
+    assert op.block(torch.zeros(0, 3)).shape == (0, 3)
+    assert (op @ torch.zeros(3, 0)).shape == (3, 0)
+
+
+def test_scipy_multiplies_complex_vectors_as_well():
+    x = torch.randn(3)
+    found = gt.hvp_fn(lambda x: (x**3).sum(), x).to_scipy() @ np.array([1, 1j, 2 + 1j])
+    assert_close(torch.tensor(found), 6 * x * torch.tensor([1, 1j, 2 + 1j]))
+
+
+def test_a_block_in_a_compiled_function():
+    x, V = torch.randn(3), torch.randn(4, 3)
+    products = lambda x, V: gt.hvp_fn(lambda x: (x**3).sum(), x).block(V)
+    compiled = torch.compile(products, fullgraph=True, backend="aot_eager")
+    assert_close(compiled(x, V), 6 * x * V)

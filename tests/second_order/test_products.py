@@ -5,7 +5,9 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from torch import nn
 from torch.autograd import forward_ad
+from torch.func import functional_call
 from torch.nn import functional
 from torch.testing import assert_close
 
@@ -288,7 +290,13 @@ def test_an_error_in_the_function_leaves_nothing_behind(call):
         (lambda: gt.hvp(cubic, (X, Y), (X, {"w": X})), "another structure"),
         (lambda: gt.vhp(torch.sum, (X,), (X[:2],)), "the cotangents do not fit"),
         (lambda: gt.hvp(torch.sum, (X,), (X,), argnums=2), "argnums names argument 2"),
+        (lambda: gt.grad(torch.sum, 0.0)(X), "argnums names argument 0.0"),
+        (lambda: gt.grad(cubic, (0, -2))(X, Y), r"an argument twice: \(0, -2\)"),
         (lambda: gt.hvp(torch.sum, (3,), (3,)), "no floating or complex tensor"),
+        (
+            lambda: gt.ggnvp(torch.argmax, torch.sum, (X,), (X,)),
+            "to differentiate in among a tensor of shape \\(\\), int64",
+        ),
         (
             lambda: gt.hvp(torch.sum, (X,), (X,), has_aux=True),
             r"a pair \(output, aux\)",
@@ -327,3 +335,50 @@ def test_primals_and_tangents_may_both_be_lists():
     as_lists = gt.hvp(f, [x, x], [v, v])
     torch.testing.assert_close(as_lists, gt.hvp(f, (x, x), (v, v)))
     torch.testing.assert_close(as_lists[0], 6 * x * x * v + 3 * x * x * v)
+
+
+def test_batch_statistics_are_updated_once_though_the_function_runs_twice():
+    def counted(go):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Tanh())
+        loss = lambda x: model(x).square().sum()
+        go(model, loss)
+        return model[1].num_batches_tracked, model[1].running_mean, model[1].running_var
+
+    x, v = torch.randn(6, 3), torch.randn(6, 3)
+
+    def in_parameters(model, loss):
+        params = dict(model.named_parameters())
+        f = lambda params: functional_call(model, params, (x,)).square().sum()
+        gt.hvp(f, (params,), (params,))
+
+    once = counted(lambda model, loss: loss(x))
+    for go in (
+        lambda model, loss: gt.hvp(loss, (x,), (v,)),
+        lambda model, loss: gt.hvp_fn(loss, x)(v),
+        lambda model, loss: gt.jvp(model, (x,), (v,)),
+        lambda model, loss: gt.linearize(model, x)[1](v),
+        lambda model, loss: gt.ggnvp(model, loss_of, (x,), (v,)),
+        lambda model, loss: gt.ggnvp_fn(model, loss_of, x)(v),
+        in_parameters,
+    ):
+        assert_close(counted(go), once)
+
+
+def loss_of(out):
+    return out.square().sum()
+
+
+def test_without_gradients_forward_mode_runs_once_and_keeps_no_graph():
+    calls = []
+    layer = nn.Linear(3, 3)
+
+    def model(x):
+        calls.append(torch.is_grad_enabled())
+        return layer(x)
+
+    x, v = torch.randn(2, 3), torch.randn(2, 3)
+    with torch.no_grad():
+        _, moved = gt.jvp(model, (x,), (v,))
+    assert_close(moved, v @ layer.weight.detach().T)
+    assert calls == [False]
