@@ -46,7 +46,7 @@ def test_every_entry_says_more_than_the_message():
 def test_every_entry_says_why_and_then_the_fix():
     for section in re.split(r"^### ", PAGE, flags=re.MULTILINE)[1:]:
         heading = section.partition("\n")[0]
-        why, fix, _ = section.rpartition("```\n")[2].partition("**Fix:**")
+        why, _, fix = section.rpartition("```\n")[2].partition("**Fix:**")
         assert len(why.split()) > 3, heading
         assert len(fix.split()) > 1, heading
 
