@@ -60,7 +60,7 @@ def check_grads(
 
     Raises:
         GradientMismatchError: A derivative is wrong.
-        DefinitionError: A mode or an order that there is not.
+        DefinitionError: The mode is unknown, or the order less than 1.
 
     Example:
         >>> from gradtools.testing import check_grads

@@ -92,11 +92,11 @@ def outcome_of(report: Any) -> str:
 HEAD = """\
 # What composes with what
 
-Every transform that torch has, and every nesting of them that we could think of, on
-rules of every kind. A tick is a test that compares the composition, number by number in
-float64, with native torch code that does not use gradtools. Nearly all of these rules
-are *markers*: their derivative is deliberately not that of their function, so that a
-transform which quietly drops the rule and differentiates the function instead shows.
+All transforms of torch, alone and nested, on rules of every kind. A tick is a test that
+compares the composition, number by number in float64, with torch code that does not use
+gradtools. Nearly all of these rules are *markers*: their derivative is deliberately not
+that of their function. So a transform that drops the rule, and differentiates the
+function instead, fails.
 
 This page is written by `python -m tests.capabilities` from a run of `tests/transforms`,
 and each run of the tests compares itself with it. The columns are the rules listed

@@ -99,7 +99,7 @@ def check_transforms(
 
     Raises:
         GradientMismatchError: A transform gives something else.
-        DefinitionError: A transform that there is not.
+        DefinitionError: The name of a transform is unknown.
 
     Example:
         >>> from gradtools.testing import check_transforms

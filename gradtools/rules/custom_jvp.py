@@ -111,7 +111,7 @@ def custom_jvp(
         The function, with the methods of :class:`.CustomJVP`; or a decorator.
 
     Raises:
-        DefinitionError: An option means nothing.
+        DefinitionError: An option has a value that it does not know.
 
     Example:
         >>> @gt.custom_jvp

@@ -275,10 +275,12 @@ class CustomVJP(StatedRule[P, R]):
         Args:
             fwd: Takes the function's arguments and, if it asks for it, the keyword-only
                 ``needs``, a tuple like the arguments with a bool per leaf. Residuals
-                may be any pytree of any objects.
+                may be any pytree of any objects. The output is the function's: it is
+                compared with it in value, shape and dtype.
 
         Returns:
-            The function that was given.
+            The function that was given. A call raises a
+            :class:`.ForwardContractError` where it returns no such pair.
         """
         self._state(fwd=fwd)
         return fwd
@@ -292,11 +294,14 @@ class CustomVJP(StatedRule[P, R]):
                 fwd) and a cotangent with the structure of the output, None for
                 integers. It returns a tuple with one entry per parameter, a dict by
                 parameter name, or one bare tensor where only one argument is
-                differentiable; ``None`` anywhere means zero. It may ask for the
-                keyword-only ``needs``.
+                differentiable. A cotangent has the shape, dtype and device of its
+                argument; ``None`` anywhere means zero. It may ask for the keyword-only
+                ``needs``.
 
         Returns:
-            The function that was given.
+            The function that was given. A call raises a
+            :class:`.BackwardContractError` where a cotangent does not fit, and a
+            :class:`.GradientMismatchError` where the check finds it wrong.
         """
         self._state(bwd=bwd)
         return bwd
@@ -367,7 +372,7 @@ def custom_vjp(
     Args:
         fun: The function; its parameters may be pytrees of tensors and any other
             objects. Floating and complex tensors are differentiable, everything else
-            takes part without a gradient.
+            takes part without a gradient. Shapes and dtypes are free.
         nondiff_argnums: Positions of arguments that bwd gets in front of the residuals
             and returns nothing for, as in JAX. Nothing needs this to be an integer.
         nondiff_argnames: The same, by name.
@@ -390,7 +395,8 @@ def custom_vjp(
         decorator.
 
     Raises:
-        DefinitionError: An option means nothing.
+        DefinitionError: An option has a value that it does not know. What a call may
+            raise is listed with :mod:`gradtools.errors`.
 
     Example:
         >>> @gt.custom_vjp

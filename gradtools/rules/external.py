@@ -79,8 +79,8 @@ def external(
     """Make a function that torch cannot see into one that torch can use.
 
     A kernel in C, C++, CUDA or Triton, a function of numpy's or scipy's, a simulator:
-    it is called with tensors that have values, no graph and their numbers in a row, and
-    returns new ones. Its gradient is a rule like any other, with the methods of
+    it is called with contiguous tensors that have values and no graph, and returns new
+    ones. Its gradient is a rule like any other, with the methods of
     :func:`custom_vjp`; under ``torch.compile`` and ``torch.export`` it is an operator
     that is not looked into.
 
@@ -108,7 +108,7 @@ def external(
         gradient: ``gradient(cotangent, *args)``, another external, say, which returns
             what a bwd returns; or ``"finite-differences"``: central differences, two
             runs for every number in the arguments, and two per argument for a tangent.
-            Left out: state it with ``def_bwd`` and its kin.
+            Left out: state it with ``def_bwd`` or ``defvjp``.
         contract: What the gradient claims to be; ``Exact()``, or for differences
             ``Approximate()``.
         once_differentiable: See :func:`custom_vjp`.
@@ -122,7 +122,7 @@ def external(
         decorator.
 
     Raises:
-        DefinitionError: An option means nothing.
+        DefinitionError: An option has a value that it does not know.
 
     Example:
         >>> import numpy as np

@@ -134,7 +134,8 @@ def lift(
         as well, and the methods of :class:`.CustomVJP`.
 
     Raises:
-        DefinitionError: It is no Function class, or an option means nothing.
+        DefinitionError: It is no Function class, or an option has a value that it does
+            not know.
 
     Example:
         >>> class Cube(torch.autograd.Function):

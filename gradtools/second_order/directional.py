@@ -41,7 +41,7 @@ def jvp(
     By forward mode, which keeps no graph. Where an operator has none, and where the
     result is differentiated in its turn, by two reverse passes instead (J. Townsend, "A
     new trick for calculating Jacobian vector products", 2017): torch's reverse mode
-    over forward mode is wrong for some operators, without a sign.
+    over forward mode is silently wrong for some operators.
 
     Args:
         f: From tensors in pytrees to tensors in a pytree.

@@ -64,7 +64,7 @@ def hessian_diag(
         The diagonal and its standard error, in the structure of the primals.
 
     Raises:
-        DefinitionError: A method or a number of samples that there is not.
+        DefinitionError: The method is unknown, or ``samples`` too small for it.
 
     Example:
         >>> gt.hessian_diag(lambda x: (x**3).sum(), torch.tensor([1.0, 2.0])).value
@@ -105,7 +105,7 @@ def hessian_trace(
         The trace and its standard error, tensors without dimensions.
 
     Raises:
-        DefinitionError: A method or a number of samples that there is not.
+        DefinitionError: The method is unknown, or ``samples`` too small for it.
 
     Example:
         >>> x = torch.tensor([1.0, 2.0])

@@ -43,6 +43,14 @@ def test_every_entry_says_more_than_the_message():
         assert "```text" in section, heading
 
 
+def test_every_entry_says_why_and_then_the_fix():
+    for section in re.split(r"^### ", PAGE, flags=re.MULTILINE)[1:]:
+        heading = section.partition("\n")[0]
+        why, _, fix = section.rpartition("```\n")[2].partition("**Fix:**")
+        assert len(why.split()) > 3, heading
+        assert len(fix.split()) > 1, heading
+
+
 def test_every_kind_of_mistake_is_described():
     table = set(re.findall(r"^\| `([a-z ]+)` \|", PAGE, re.MULTILINE))
     assert table >= mistakes() | {"unknown"}

@@ -1,4 +1,4 @@
-"""Every script has a page, and a page shows what to copy and what is refused."""
+"""Every script has a page: what comes out, what to copy, what is refused."""
 
 import re
 
@@ -34,9 +34,12 @@ def test_the_index_has_a_row_for_every_page():
 
 
 @pages
-def test_a_page_shows_what_to_copy_and_what_is_refused(page):
+def test_a_page_says_what_comes_out_what_to_copy_and_what_is_refused(page):
     text = page.read_text(encoding="utf-8")
     headings = re.findall(r"^## (.*)$", text, re.MULTILINE)
-    assert headings == ["What to copy", "What cannot go wrong"]
-    refused = text.partition("## What cannot go wrong")[2]
+    assert headings == ["What to copy", "What cannot go wrong silently"]
+    shown, _, rest = text.partition("## What to copy")
+    assert "**Outcome:**" in shown
+    copied, _, refused = rest.partition("## What cannot go wrong silently")
+    assert "```python\n" in copied
     assert ">>> " in refused
