@@ -11,7 +11,7 @@ or the backend, runs that call.
 
 What crosses is tensors and constants. Python numbers that fwd and bwd read from
 closures, globals and objects would be baked in, so the traced code reads them too and
-Dynamo guards on them: :func:`.numbers_used`.
+Dynamo guards on them: :mod:`.settings`.
 
 Nothing here imports ``torch._dynamo`` (that takes seconds): functions that Dynamo must
 treat specially are marked by attribute, and the crossing is made by the first trace
@@ -36,9 +36,11 @@ from gradtools import torch_compat, trees
 from gradtools.errors import GradtoolsError, TransformError
 from gradtools.lowering import free_variables
 from gradtools.lowering.flat import Plan
+from gradtools.lowering.settings import Settings, settings_read
 from gradtools.lowering.stand_ins import Known, Unknown
 from gradtools.lowering.trace_time import (
     at_trace_time,
+    goes_through_aot,
     is_exporting_here,
     is_moving,
     level_is_outside,
@@ -100,8 +102,6 @@ class Crossable(Protocol):
 
     key: str
     rule: Rule
-    reads: Sequence[free_variables.Path]
-    names: Sequence[str]
     written: Any
 
     def run_entries(self, entries: Sequence[Any]) -> Any:
@@ -171,7 +171,7 @@ def call(target: Crossable, args: tuple[Any, ...], kwargs: dict[str, Any]) -> An
     # Dynamo guards on the level that it reads itself, and compiles anew under another.
     moving = is_moving() or _dual._current_level >= 0
     if moving and level_is_outside():
-        _prepare(target.key)
+        _make_crossing()
         return _outside(target, entries)
     if rule.bwd is None or moving or must_cross():
         if rule.bwd is not None or rule.jvp is not None or _needs_gradient(leaves):
@@ -313,19 +313,14 @@ def _cross(
 ) -> Any:
     """Call a rule through a call that Dynamo does not look into."""
     _ = {target.key}  # a constant from here on, see below
-    _prepare(target.key)
+    _make_crossing()
     skeleton, given, holes = _luggage(entries, leaves)
-    numbers: list[Any] = []
-    for path in target.reads:
-        value = free_variables.follow(target.rule, path)
-        free_variables.numbers_used(value, target.names, 2, numbers)
-    for leaf in leaves:
-        if not isinstance(leaf, _PLAIN):
-            free_variables.numbers_used(leaf, target.names, 2, numbers)
-    for number in numbers:
-        # As the key of a set a number must be a constant; as an argument Dynamo may
-        # make a symbol of it, and guard on nothing.
-        _ = {number}
+    everything = (target.rule, *leaves)
+    seen: list[int] = []
+    for path, number in _settings(target.key):
+        # A number is compared, or Dynamo may make a symbol of it and guard on nothing.
+        found = free_variables.follow(everything, path)
+        seen.append(1 if isinstance(found, (int, float)) and found == number else 0)
     moved = True if moving else False  # noqa: SIM210 (a constant to Dynamo)
     return _crossing(target.key, skeleton, given, holes, moved)
 
@@ -393,23 +388,13 @@ def _refuse_strict_export(key: str) -> None:
 
 
 @at_trace_time
-def _prepare(key: str) -> None:
-    """Make the crossing, and list anew what the rule's functions read."""
-    _make_crossing()
-    target = _registry[key]
-    functions = {
-        role: getattr(target.rule, role) for role in ("fun", "fwd", "bwd", "jvp")
-    }
-    target.reads = [
-        (("attribute", role), *path)
-        for role, function in functions.items()
-        for path in free_variables.free_variables(function).values()
-        # Dynamo cannot look into code in C, and it holds no numbers of the user's.
-        if type(free_variables.follow(function, path)) is not types.BuiltinFunctionType
-    ]
-    target.names = sorted(
-        frozenset[str]().union(*map(free_variables.names_used, functions.values()))
-    )
+def _settings(key: str) -> Settings:
+    """List what the rule's functions read past their arguments."""
+    objects = _known().objects("leaves")
+    try:
+        return settings_read(_registry[key].rule, objects, in_aot=goes_through_aot())
+    except GradtoolsError as error:
+        raise _passing(error) from None
 
 
 def _identity(leaf: Any) -> int:
