@@ -403,12 +403,17 @@ def _exactly(leaf: Any) -> Hashable:
 
 
 def _roughly(leaf: Any) -> Hashable:
-    """Key for what is known of a rule: an annealed float, a new lambda are no news."""
+    """Key for what is known of a rule: an annealed float, a new lambda are no news.
+
+    A number that hides the others, being zero, one or infinite, has not told of them.
+    """
     if isinstance(leaf, torch.Tensor):
         ones_and_zeros = tuple(size if size < 2 else -1 for size in leaf.shape)
         return leaf.dtype, leaf.device, ones_and_zeros
     if isinstance(leaf, (bool, int, str, torch.dtype, torch.device)):
         return type(leaf), leaf
+    if isinstance(leaf, (float, complex)):
+        return type(leaf), express.TELLING_LITTLE.get(leaf)
     return type(leaf), getattr(leaf, "__code__", None)
 
 
