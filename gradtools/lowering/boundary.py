@@ -216,6 +216,14 @@ def _written() -> str:
     known = _known()
     target = known.object("target")
     parameters = target.rule.parameters
+    try:
+        args, kwargs = known.stand_in("args"), known.stand_in("kwargs")
+    except Unknown:
+        return ""
+    try:
+        entries = parameters.bind(args, kwargs)
+    except TypeError as error:  # a misspelled keyword, say: Dynamo would not name it
+        raise _passing(error) from None
     if (
         target.written.is_closed
         or target.rule.bwd is None
@@ -223,11 +231,6 @@ def _written() -> str:
         or torch_compat.forward_ad_active()
         or must_cross()
     ):
-        return ""
-    try:
-        args, kwargs = known.stand_in("args"), known.stand_in("kwargs")
-        entries = parameters.bind(args, kwargs)
-    except (Unknown, TypeError):
         return ""
     leaves = flatten_entries(entries)[0]
     if not (torch.is_grad_enabled() and any(map(known.wants, leaves))):
@@ -279,7 +282,7 @@ def _check(target: Any, entries: Any, wants: Any, known: Known) -> None:
         raise _passing(error) from None
 
 
-def _passing(error: GradtoolsError) -> Exception:
+def _passing(error: Exception) -> Exception:
     """Return an error as one that Dynamo lets through.
 
     It does that with some of its own; of all others it makes a report of an internal
@@ -287,7 +290,8 @@ def _passing(error: GradtoolsError) -> Exception:
     """
     from torch._dynamo.exc import ShortenTraceback
 
-    both: Any = type(type(error).__name__, (type(error), ShortenTraceback), {})
+    kind: Any = type(error)
+    both: Any = type(kind.__name__, (kind, ShortenTraceback), {})
     wrapped = both.__new__(both, *error.args)
     wrapped.__dict__.update(error.__dict__, **_SHORT)
     return wrapped

@@ -170,11 +170,12 @@ class Lowered:
 
     def learn(self, plan: Plan, leaves: Sequence[Any], entries: Sequence[Any]) -> None:
         """Have the next calls like this one served by generated code."""
+        layout = plan.layout  # once: another thread may take it meanwhile
         if plan.express is not None:
             # Calls of several kinds take turns, or more shapes than code remembers.
             self.express = plan.express.code.serve(plan.express)
-        elif plan.layout is not None and express.is_settled(plan):
-            layout, plan.layout = plan.layout, None
+        elif layout is not None and express.is_settled(plan):
+            plan.layout = None
             plan.is_learning = False
             learned = express.pattern_of(plan, layout, leaves, entries, bool(self.free))
             if learned is not None:
