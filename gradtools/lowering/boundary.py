@@ -56,6 +56,7 @@ __all__ = [
     "Opaque",
     "call",
     "call_kernel",
+    "differentiated_in_export",
     "export_flag_holder",
     "is_exporting",
     "is_tracing",
@@ -306,6 +307,17 @@ def warn_of_export(name: str) -> None:
     warn(
         f"torch.export keeps the forward of the rule {name} only: what is exported has "
         "the derivative of its function, not of the rule (pytorch#106388)"
+    )
+
+
+def differentiated_in_export(rule: Rule) -> TransformError:
+    """Return the error for what torch fails in, with an assertion of its own."""
+    return TransformError(
+        f"{rule.name}: torch.export(strict=False) cannot trace a derivative by "
+        "torch.func, or by dual numbers, of a rule",
+        rule=rule.where,
+        fix="Export the function, and take its derivative outside; or trace it with "
+        "make_fx.",
     )
 
 

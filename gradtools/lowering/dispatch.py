@@ -155,7 +155,9 @@ class Lowered:
             needs = nondiff.without(self.rule, needs, leaves, entries)
         if not any(needs):
             return self.run_primal(leaves, spec, entries, transformed)
-        if boundary.is_exporting() and not transformed:  # without Dynamo: strict=False
+        if boundary.is_exporting():  # without Dynamo: strict=False
+            if torch_compat.is_being_differentiated():
+                raise boundary.differentiated_in_export(self.rule)
             boundary.warn_of_export(self.rule.name)
             return self.rule.parameters.call(self.rule.fun, entries)
         order = torch_compat.order(leaves) if transformed else 1

@@ -150,6 +150,30 @@ def test_forward_mode_around_one_whole_graph_is_refused(first):
         step(forward_ad.make_dual(x(), torch.ones(4)))
 
 
+def test_export_of_a_derivative_is_refused_by_name():
+    class Gradient(torch.nn.Module):
+        def forward(self, x):
+            return torch.func.grad(lambda x: cube(x).sum())(x)
+
+    with pytest.raises(gt.TransformError, match="cannot trace a derivative") as error:
+        torch.export.export(Gradient(), (x(),), strict=False)
+    error.match("take its derivative outside")
+
+
+def test_export_of_a_vmap_keeps_the_forward():
+    class Batched(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale = torch.nn.Parameter(torch.tensor(2.0))
+
+        def forward(self, x):
+            return torch.vmap(cube)(self.scale * x)
+
+    with pytest.warns(UserWarning, match="export keeps the forward of the rule cube"):
+        program = torch.export.export(Batched(), (x(),), strict=False)
+    assert_close(program.module()(x()), (2 * x()) ** 3)
+
+
 @pytest.mark.parametrize("is_known", [False, True])
 @pytest.mark.parametrize("strict", [False, True])
 def test_export_keeps_the_forward_and_says_so(strict, is_known):
