@@ -40,6 +40,7 @@ from gradtools.lowering.settings import Settings, settings_read
 from gradtools.lowering.stand_ins import Known, Unknown
 from gradtools.lowering.trace_time import (
     at_trace_time,
+    autocast_here,
     goes_through_aot,
     is_exporting_here,
     is_moving,
@@ -182,9 +183,8 @@ def call(target: Crossable, args: tuple[Any, ...], kwargs: dict[str, Any]) -> An
         return rule.parameters.call(rule.fun, entries)
     _before_trace(target.key, False)
     needs = tuple(isinstance(x, torch.Tensor) and x.requires_grad for x in leaves)
-    plan = Plan(
-        rule, CallSignature(rule.parameters, entries, leaves, spec, needs), STATE
-    )
+    signature = CallSignature(rule.parameters, entries, leaves, spec, needs)
+    plan = Plan(rule, signature, STATE, autocast=autocast_here())
     *tensors, outputs = Traced.apply(plan, *leaves)
     return outputs.rebuild(tensors)
 

@@ -187,3 +187,38 @@ def test_export_keeps_the_forward_and_says_so(strict, is_known):
     with pytest.warns(UserWarning, match="export keeps the forward of the rule cube"):
         program = torch.export.export(Model(), (arg,), strict=strict)
     assert_close(program.module()(x()), x() ** 3)
+
+
+@gt.custom_vjp(contract=gt.Surrogate())
+def multiplied(a, b):
+    return a @ b
+
+
+@multiplied.def_bwd
+def _(residuals, g):
+    (a, b), _ = residuals
+    narrow = (a @ b).dtype == torch.bfloat16  # the autocast state of the forward
+    return (10 if narrow else 20) * (g.to(b.dtype) @ b.mT), None
+
+
+@pytest.mark.parametrize("is_inside", [False, True], ids=["around", "inside"])
+@pytest.mark.parametrize("transform", [lambda f: f, torch.func.grad])
+def test_bwd_runs_under_the_autocast_state_of_fwd(transform, is_inside):
+    def loss(a, b):
+        with torch.autocast("cpu", torch.bfloat16, enabled=is_inside):
+            return multiplied(a, b).float().sum()
+
+    step = torch.compile(
+        transform(loss if is_inside else lambda a, b: multiplied(a, b).float().sum()),
+        fullgraph=True,
+        backend="aot_eager",
+    )
+    for enabled in (True, False, True):
+        eye = torch.eye(3, dtype=torch.float32)  # autocast leaves doubles alone
+        a = eye.clone().requires_grad_(transform is not torch.func.grad)
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled and not is_inside):
+            found = step(a, eye)
+        if a.requires_grad:
+            (found,) = torch.autograd.grad(found, a)
+        factor = 10.0 if enabled or is_inside else 20.0
+        assert_close(found, torch.full_like(eye, factor))
