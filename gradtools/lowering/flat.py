@@ -365,7 +365,8 @@ class Plan:
         watch.refuse((*kept, *hidden), "residuals: ")
         unknown = (i for i, out in enumerate(outs) if not watch.is_known(out))
         self.state.foreign = frozenset(unknown)
-        self.state.watched.add("fwd")
+        if before is not None:  # else in a trace, where nothing is drawn: ask again
+            self.state.watched.add("fwd")
         return out, residuals
 
     def _first(
