@@ -23,6 +23,7 @@ from torch._functorch.vmap import vmap_increment_nesting
 from torch._subclasses import fake_tensor
 from torch.autograd import forward_ad
 from torch.autograd.function import _SingleLevelFunction
+from torch.utils._python_dispatch import _disable_current_modes
 
 __all__ = [
     "AtOneLevel", "GradLevel", "VmapLevel", "apply_of", "asks_for_values",
@@ -37,6 +38,7 @@ __all__ = [
     "only_reverse_and_vmap", "order", "plain", "primal_of", "put_back",
     "requires_grad_at_any_level", "run_backward", "tangent_of", "transforms_active",
     "unwrap_if_dead", "unwrapped_to", "version_of", "vmap_flat",
+    "without_modes",
 ]  # fmt: skip
 
 transforms_active: Callable[[], bool] = torch._C._are_functorch_transforms_active
@@ -398,6 +400,24 @@ def clean_autograd() -> Generator[None]:
         for device in autocast_devices():
             stack.enter_context(torch.autocast(device, enabled=False))
         yield
+
+
+@contextlib.contextmanager
+def without_modes() -> Generator[None]:
+    """Run out of sight of modes, such as make_fx's, which would record or refuse it.
+
+    Also out of the vmap of torch.autograd.functional, which forbids random numbers.
+    """
+    torch._C._vmapmode_increment_nesting()
+    depth = 0
+    while torch._C._vmapmode_decrement_nesting():
+        depth += 1
+    try:
+        with _disable_current_modes():
+            yield
+    finally:
+        for _ in range(depth):
+            torch._C._vmapmode_increment_nesting()
 
 
 @contextlib.contextmanager

@@ -59,6 +59,7 @@ def _tell(report: Report) -> None:
         hear(report)
 
 
+MOST_REPORTS = 256
 _SAFE = ("auto", "sequential")
 EVERYTHING: tuple[Capability, ...] = get_args(Capability)
 
@@ -145,7 +146,7 @@ class Checker:
         state = plan.state
         if _is_known(plan, use):
             return
-        with state.lock:
+        with state.checking:
             if _is_known(plan, use):
                 return
             if state.is_one_of_many:
@@ -197,17 +198,24 @@ class Checker:
         _tell(report)
         known = self.reports.get(report.signature)
         if known is None or known.outcome != "passed" or report.figures:
-            self.reports[report.signature] = report
+            self.keep(report)
         else:
-            self.reports[report.signature] = known.with_more(report)
+            self.keep(known.with_more(report))
 
     def not_checked(self, plan: Plan, reason: str) -> Report:
         """Return, and file, the report of a signature that goes unchecked."""
         evidence = Evidence("everything", "not checked", reason)
         report = Report(plan.rule.where, plan.shown, (evidence,))
         _tell(report)
-        self.reports.setdefault(report.signature, report)
+        if report.signature not in self.reports:
+            self.keep(report)
         return report
+
+    def keep(self, report: Report) -> None:
+        """Remember a report; of too many, such as one for each step, the last ones."""
+        self.reports[report.signature] = report
+        if len(self.reports) > MOST_REPORTS:
+            del self.reports[next(iter(self.reports))]
 
     def note(self, plan: Plan, reason: str) -> None:
         """Record that nothing was checked, and why; say so once."""

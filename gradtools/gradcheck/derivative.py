@@ -41,13 +41,17 @@ def derivative(trial: Trial, probe: Probe) -> list[Evidence]:
         return [Evidence("derivative", "passed", "nothing here has a derivative")]
     evidence, disputed = _by_elements(trial)
     settled = trial.reference is not None and not disputed
-    evidence.append(by_differences(trial, probe, settled))
+    lost = not_numbers(trial)
+    evidence += lost.values()
+    places = [place for place in trial.probe.places if place not in lost]
+    if places:
+        evidence.append(by_differences(trial, probe, places, settled))
     return evidence
 
 
 def of_every_element(trial: Trial) -> list[Evidence]:
     """Compare bwd with autograd alone; raise where it is wrong."""
-    evidence = _by_elements(trial)[0]
+    evidence = [*_by_elements(trial)[0], *not_numbers(trial).values()]
     whole = [f"{item.question}, all elements" for item in evidence]
     pairs = zip(evidence, whole, strict=True)
     return [dataclasses.replace(item, question=asked) for item, asked in pairs]
@@ -58,12 +62,51 @@ def _by_elements(trial: Trial) -> tuple[list[Evidence], list[int]]:
         return [], []
     disputed = by_elements(trial)
     seen = [place for place in trial.probe.places if place not in disputed]
+    seen = [place for place in seen if _has_numbers(trial, place)]
     if not seen:
         return [], disputed
     error = _distance(trial, seen)
     asked = question(trial, seen) + " by autograd"
     detail = f"to {error:.0e}, element by element"
     return [Evidence(asked, "passed", detail, error)], disputed
+
+
+def _has_numbers(trial: Trial, place: int) -> bool:
+    """Whether autograd tells any element of an argument, or there is none."""
+    leaf = trial.probe.leaves[place]
+    return leaf.numel() == 0 or not bool(
+        _not_finite(trial.reference or (), place, leaf).all()
+    )
+
+
+def not_numbers(trial: Trial) -> dict[int, Evidence]:
+    """Say of each argument where bwd and autograd agree on NaN, or on infinity.
+
+    Nothing can be told from that, and along a direction it would drown all the rest.
+    """
+    found: dict[int, Evidence] = {}
+    for place in trial.probe.places if trial.reference is not None else ():
+        leaf = trial.probe.leaves[place]
+        said = _not_finite(trial.values, place, leaf)
+        both = said & _not_finite(trial.reference or (), place, leaf)
+        if not bool(both.any()):
+            continue
+        index = both.nonzero()[0].tolist()
+        value = filled(trial.values[0][place], leaf)[tuple(index)].abs().item()
+        detail = (
+            f"bwd and autograd both give {'infinity' if math.isinf(value) else 'NaN'} "
+            f"at {trial.probe.paths[place]}{index or ''} "
+            f"({int(both.sum())} of {both.numel()} numbers)"
+        )
+        found[place] = Evidence(question(trial, [place]), "not checked", detail)
+    return found
+
+
+def _not_finite(
+    rows: Sequence[Sequence[torch.Tensor | None]], place: int, like: torch.Tensor
+) -> torch.Tensor:
+    finite = [torch.isfinite(filled(row[place], like)) for row in rows]
+    return ~torch.stack(finite).all(0)
 
 
 def by_elements(trial: Trial) -> list[int]:
@@ -153,15 +196,17 @@ def is_steady(trial: Trial, place: int, masks: Sequence[torch.Tensor]) -> bool:
     return False
 
 
-def by_differences(trial: Trial, probe: Probe, settled: bool) -> Evidence:
-    """Hear differences, along all arguments together; then one by one if wrong.
+def by_differences(
+    trial: Trial, probe: Probe, places: Sequence[int], settled: bool
+) -> Evidence:
+    """Hear differences, along some arguments together; then one by one if wrong.
 
     Args:
         trial: The rule beside its function.
         probe: Where else to look.
+        places: The arguments.
         settled: Autograd has found nothing wrong.
     """
-    places = trial.probe.places
     found = _along(trial, places)
     if _prove(trial, found):
         found += _along(trial, places, part=1 / 8)

@@ -90,7 +90,7 @@ class Culprit:
             yield Violation(
                 where,
                 f"{_number(right)}, by {reference.source}",
-                f"{_number(said)}, off by {_percent(said, right)}{self.far}",
+                f"{_number(said)}{_off(said, right)}{self.far}",
             )
         if self.excess is not None:
             yield self.excess
@@ -412,6 +412,9 @@ def _number(value: Any) -> str:
     return f"{value:.6g}"
 
 
-def _percent(said: Any, right: Any) -> str:
+def _off(said: Any, right: Any) -> str:
     gap = abs(said - right)
-    return f"{gap / abs(right):.1e} of its size" if right else f"{gap:.1e}"
+    if not math.isfinite(gap):
+        return ""
+    size = f"{gap / abs(right):.1e} of its size" if right else f"{gap:.1e}"
+    return f", off by {size}"

@@ -122,6 +122,7 @@ class _Examination:
         held = [*leaves, rule.fun, rule.fwd, rule.bwd, rule.jvp]
         with contextlib.ExitStack() as stack:
             stack.enter_context(probing())
+            stack.enter_context(torch_compat.without_modes())
             stack.enter_context(torch_compat.clean_autograd())
             stack.enter_context(torch.no_grad())
             stack.enter_context(without_ranks())

@@ -11,7 +11,7 @@ or the backend, runs that call.
 
 What crosses is tensors and constants. Python numbers that fwd and bwd read from
 closures, globals and objects would be baked in, so the traced code reads them too and
-Dynamo guards on them: :func:`.numbers_used`.
+Dynamo guards on them: :mod:`.settings`.
 
 Nothing here imports ``torch._dynamo`` (that takes seconds): functions that Dynamo must
 treat specially are marked by attribute, and the crossing is made by the first trace
@@ -36,9 +36,12 @@ from gradtools import torch_compat, trees
 from gradtools.errors import GradtoolsError, TransformError
 from gradtools.lowering import free_variables
 from gradtools.lowering.flat import Plan
+from gradtools.lowering.settings import Settings, settings_read
 from gradtools.lowering.stand_ins import Known, Unknown
 from gradtools.lowering.trace_time import (
     at_trace_time,
+    autocast_here,
+    goes_through_aot,
     is_exporting_here,
     is_moving,
     level_is_outside,
@@ -54,6 +57,7 @@ __all__ = [
     "Opaque",
     "call",
     "call_kernel",
+    "differentiated_in_export",
     "export_flag_holder",
     "is_exporting",
     "is_tracing",
@@ -100,8 +104,6 @@ class Crossable(Protocol):
 
     key: str
     rule: Rule
-    reads: Sequence[free_variables.Path]
-    names: Sequence[str]
     written: Any
 
     def run_entries(self, entries: Sequence[Any]) -> Any:
@@ -171,7 +173,7 @@ def call(target: Crossable, args: tuple[Any, ...], kwargs: dict[str, Any]) -> An
     # Dynamo guards on the level that it reads itself, and compiles anew under another.
     moving = is_moving() or _dual._current_level >= 0
     if moving and level_is_outside():
-        _prepare(target.key)
+        _make_crossing()
         return _outside(target, entries)
     if rule.bwd is None or moving or must_cross():
         if rule.bwd is not None or rule.jvp is not None or _needs_gradient(leaves):
@@ -181,9 +183,8 @@ def call(target: Crossable, args: tuple[Any, ...], kwargs: dict[str, Any]) -> An
         return rule.parameters.call(rule.fun, entries)
     _before_trace(target.key, False)
     needs = tuple(isinstance(x, torch.Tensor) and x.requires_grad for x in leaves)
-    plan = Plan(
-        rule, CallSignature(rule.parameters, entries, leaves, spec, needs), STATE
-    )
+    signature = CallSignature(rule.parameters, entries, leaves, spec, needs)
+    plan = Plan(rule, signature, STATE, autocast=autocast_here())
     *tensors, outputs = Traced.apply(plan, *leaves)
     return outputs.rebuild(tensors)
 
@@ -216,6 +217,14 @@ def _written() -> str:
     known = _known()
     target = known.object("target")
     parameters = target.rule.parameters
+    try:
+        args, kwargs = known.stand_in("args"), known.stand_in("kwargs")
+    except Unknown:
+        return ""
+    try:
+        entries = parameters.bind(args, kwargs)
+    except TypeError as error:  # a misspelled keyword, say: Dynamo would not name it
+        raise _passing(error) from None
     if (
         target.written.is_closed
         or target.rule.bwd is None
@@ -223,11 +232,6 @@ def _written() -> str:
         or torch_compat.forward_ad_active()
         or must_cross()
     ):
-        return ""
-    try:
-        args, kwargs = known.stand_in("args"), known.stand_in("kwargs")
-        entries = parameters.bind(args, kwargs)
-    except (Unknown, TypeError):
         return ""
     leaves = flatten_entries(entries)[0]
     if not (torch.is_grad_enabled() and any(map(known.wants, leaves))):
@@ -279,7 +283,7 @@ def _check(target: Any, entries: Any, wants: Any, known: Known) -> None:
         raise _passing(error) from None
 
 
-def _passing(error: GradtoolsError) -> Exception:
+def _passing(error: Exception) -> Exception:
     """Return an error as one that Dynamo lets through.
 
     It does that with some of its own; of all others it makes a report of an internal
@@ -287,7 +291,8 @@ def _passing(error: GradtoolsError) -> Exception:
     """
     from torch._dynamo.exc import ShortenTraceback
 
-    both: Any = type(type(error).__name__, (type(error), ShortenTraceback), {})
+    kind: Any = type(error)
+    both: Any = type(kind.__name__, (kind, ShortenTraceback), {})
     wrapped = both.__new__(both, *error.args)
     wrapped.__dict__.update(error.__dict__, **_SHORT)
     return wrapped
@@ -305,6 +310,17 @@ def warn_of_export(name: str) -> None:
     )
 
 
+def differentiated_in_export(rule: Rule) -> TransformError:
+    """Return the error for what torch fails in, with an assertion of its own."""
+    return TransformError(
+        f"{rule.name}: torch.export(strict=False) cannot trace a derivative by "
+        "torch.func, or by dual numbers, of a rule",
+        rule=rule.where,
+        fix="Export the function, and take its derivative outside; or trace it with "
+        "make_fx.",
+    )
+
+
 # The crossing.
 
 
@@ -313,19 +329,14 @@ def _cross(
 ) -> Any:
     """Call a rule through a call that Dynamo does not look into."""
     _ = {target.key}  # a constant from here on, see below
-    _prepare(target.key)
+    _make_crossing()
     skeleton, given, holes = _luggage(entries, leaves)
-    numbers: list[Any] = []
-    for path in target.reads:
-        value = free_variables.follow(target.rule, path)
-        free_variables.numbers_used(value, target.names, 2, numbers)
-    for leaf in leaves:
-        if not isinstance(leaf, _PLAIN):
-            free_variables.numbers_used(leaf, target.names, 2, numbers)
-    for number in numbers:
-        # As the key of a set a number must be a constant; as an argument Dynamo may
-        # make a symbol of it, and guard on nothing.
-        _ = {number}
+    everything = (target.rule, *leaves)
+    seen: list[int] = []
+    for path, number in _settings(target.key):
+        # A number is compared, or Dynamo may make a symbol of it and guard on nothing.
+        found = free_variables.follow(everything, path)
+        seen.append(1 if isinstance(found, (int, float)) and found == number else 0)
     moved = True if moving else False  # noqa: SIM210 (a constant to Dynamo)
     return _crossing(target.key, skeleton, given, holes, moved)
 
@@ -393,23 +404,13 @@ def _refuse_strict_export(key: str) -> None:
 
 
 @at_trace_time
-def _prepare(key: str) -> None:
-    """Make the crossing, and list anew what the rule's functions read."""
-    _make_crossing()
-    target = _registry[key]
-    functions = {
-        role: getattr(target.rule, role) for role in ("fun", "fwd", "bwd", "jvp")
-    }
-    target.reads = [
-        (("attribute", role), *path)
-        for role, function in functions.items()
-        for path in free_variables.free_variables(function).values()
-        # Dynamo cannot look into code in C, and it holds no numbers of the user's.
-        if type(free_variables.follow(function, path)) is not types.BuiltinFunctionType
-    ]
-    target.names = sorted(
-        frozenset[str]().union(*map(free_variables.names_used, functions.values()))
-    )
+def _settings(key: str) -> Settings:
+    """List what the rule's functions read past their arguments."""
+    objects = _known().objects("leaves")
+    try:
+        return settings_read(_registry[key].rule, objects, in_aot=goes_through_aot())
+    except GradtoolsError as error:
+        raise _passing(error) from None
 
 
 def _identity(leaf: Any) -> int:

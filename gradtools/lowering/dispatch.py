@@ -155,7 +155,9 @@ class Lowered:
             needs = nondiff.without(self.rule, needs, leaves, entries)
         if not any(needs):
             return self.run_primal(leaves, spec, entries, transformed)
-        if boundary.is_exporting() and not transformed:  # without Dynamo: strict=False
+        if boundary.is_exporting():  # without Dynamo: strict=False
+            if torch_compat.is_being_differentiated():
+                raise boundary.differentiated_in_export(self.rule)
             boundary.warn_of_export(self.rule.name)
             return self.rule.parameters.call(self.rule.fun, entries)
         order = torch_compat.order(leaves) if transformed else 1
@@ -170,11 +172,12 @@ class Lowered:
 
     def learn(self, plan: Plan, leaves: Sequence[Any], entries: Sequence[Any]) -> None:
         """Have the next calls like this one served by generated code."""
+        layout = plan.layout  # once: another thread may take it meanwhile
         if plan.express is not None:
             # Calls of several kinds take turns, or more shapes than code remembers.
             self.express = plan.express.code.serve(plan.express)
-        elif plan.layout is not None and express.is_settled(plan):
-            layout, plan.layout = plan.layout, None
+        elif layout is not None and express.is_settled(plan):
+            plan.layout = None
             plan.is_learning = False
             learned = express.pattern_of(plan, layout, leaves, entries, bool(self.free))
             if learned is not None:
@@ -403,12 +406,17 @@ def _exactly(leaf: Any) -> Hashable:
 
 
 def _roughly(leaf: Any) -> Hashable:
-    """Key for what is known of a rule: an annealed float, a new lambda are no news."""
+    """Key for what is known of a rule: an annealed float, a new lambda are no news.
+
+    A number that hides the others, being zero, one or infinite, has not told of them.
+    """
     if isinstance(leaf, torch.Tensor):
         ones_and_zeros = tuple(size if size < 2 else -1 for size in leaf.shape)
         return leaf.dtype, leaf.device, ones_and_zeros
     if isinstance(leaf, (bool, int, str, torch.dtype, torch.device)):
         return type(leaf), leaf
+    if isinstance(leaf, (float, complex)):
+        return type(leaf), express.TELLING_LITTLE.get(leaf)
     return type(leaf), getattr(leaf, "__code__", None)
 
 

@@ -7,6 +7,7 @@ differs between the shapes that share it. The code shows in tracebacks.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -27,6 +28,7 @@ from gradtools.trees import Outline, Structure
 
 __all__ = [
     "ASTRAY",
+    "TELLING_LITTLE",
     "Code",
     "Express",
     "Pattern",
@@ -40,6 +42,11 @@ ASTRAY: Any = object()
 """What generated code returns for a call that is not like those it was written for."""
 
 _MOST_SHAPES = 128
+
+TELLING_LITTLE: dict[complex, float] = {
+    number: number for number in (0.0, 1.0, math.inf, -math.inf)
+}
+"""Numbers with which a check or a test finds little: they hide what they multiply."""
 
 
 def astray(entries: Sequence[Any]) -> Any:
@@ -204,8 +211,10 @@ _NAMES: dict[str, Any] = {
     "transformed": torch_compat.transforms_active,
     "exports": boundary.export_flag_holder,
     "autocast": torch_compat.autocast_enabled,
+    "watched": torch_compat.dispatch_modes,  # a test of a symbolic size is a guard
     "dual": torch_compat.dual_level_holder,
     "moment": moment,
+    "telling_little": TELLING_LITTLE,
     "grad_enabled": torch.is_grad_enabled,
     "graph_is_kept": torch_compat.graph_is_kept,
     "note": noted,

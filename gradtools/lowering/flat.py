@@ -8,9 +8,8 @@ transforms; :mod:`.batching` makes another plan of it, :mod:`.functions` lowers 
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -21,7 +20,7 @@ from gradtools.lowering.cotangents import fitted
 from gradtools.lowering.replay import is_traced, random_state, replayed, same
 from gradtools.lowering.residuals import Layout, lay_out, opaque_objects
 from gradtools.lowering.state import Checks, State
-from gradtools.lowering.user_code import noted, under_policy
+from gradtools.lowering.user_code import noted, under_autocast, under_policy
 from gradtools.probing import probing
 from gradtools.rules.rule import Rule
 from gradtools.rules.signature import CallSignature
@@ -271,8 +270,9 @@ class Plan:
             extra["needs"] = self.signature.needs_tree(needs)
         try:
             if self.autocast or torch_compat.autocast_enabled():
-                with self.under_autocast():
-                    return bwd(*first, residuals, cotangent, **extra)
+                return under_autocast(
+                    self.autocast_then(), bwd, *first, residuals, cotangent, **extra
+                )
             return bwd(*first, residuals, cotangent, **extra)
         except Exception as error:
             noted(error, rule, "bwd")
@@ -333,26 +333,21 @@ class Plan:
         given = tuple(p for i, p in enumerate(primals) if i not in nondiff)
         moved = tuple(t for i, t in enumerate(moved) if i not in nondiff)
         try:
-            with self.under_autocast():
-                if rule.jvp_takes_residuals:
-                    recorded = layout.outputs.rebuild(outs), layout.rebuild(kept)
-                    return jvp(*first, given, moved, *recorded)
-                return jvp(*first, given, moved)
+            if rule.jvp_takes_residuals:
+                recorded = layout.outputs.rebuild(outs), layout.rebuild(kept)
+                first, moved = [*first, given], (moved, *recorded)
+            else:
+                first, moved = [*first, given], (moved,)
+            return under_autocast(self.autocast_then(), jvp, *first, *moved)
         except Exception as error:
             noted(error, rule, "jvp")
             raise
 
-    @contextlib.contextmanager
-    def under_autocast(self) -> Generator[None]:
-        """Restore the autocast state of the call."""
+    def autocast_then(self) -> list[tuple[str, torch.dtype | None]]:
+        """Return the autocast state of the call, for devices under it then or now."""
         states = dict(self.autocast)
-        with contextlib.ExitStack() as stack:
-            for device in {*states, *torch_compat.autocast_devices()}:
-                enabled = device in states
-                stack.enter_context(
-                    torch.autocast(device, states.get(device), enabled=enabled)
-                )
-            yield
+        devices = {*states, *torch_compat.autocast_devices()}
+        return [(device, states.get(device)) for device in devices]
 
     def _first_forward(
         self, entries: Sequence[Any], leaves: Sequence[Any], before: Any
@@ -370,7 +365,8 @@ class Plan:
         watch.refuse((*kept, *hidden), "residuals: ")
         unknown = (i for i, out in enumerate(outs) if not watch.is_known(out))
         self.state.foreign = frozenset(unknown)
-        self.state.watched.add("fwd")
+        if before is not None:  # else in a trace, where nothing is drawn: ask again
+            self.state.watched.add("fwd")
         return out, residuals
 
     def _first(

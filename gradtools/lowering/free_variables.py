@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import dis
 import functools
+import sys
 import types
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -21,9 +22,11 @@ __all__ = [
     "follow",
     "free_variables",
     "is_assigned",
+    "is_foreign",
     "is_library",
+    "names_in",
     "names_used",
-    "numbers_used",
+    "uses",
 ]
 
 Path = tuple[tuple[str, Any], ...]
@@ -38,6 +41,12 @@ def follow(value: Any, path: Path) -> Any:
             value = value.__globals__[key]
         elif kind == "item":
             value = value[key]
+        elif kind == "has":
+            value = hasattr(value, key)
+        elif kind == "length":
+            value = len(value)
+        elif kind == "contains":
+            value = key in value
         else:
             value = getattr(value, key)
     return value
@@ -80,45 +89,57 @@ def _collect(
         elif not is_library(value):
             found.setdefault(label, (*path, *steps))
 
-    if isinstance(function, functools.partial):
-        take("function of the partial", ("attribute", "func"))
-        for index in range(len(function.args)):
-            take(f"partial argument {index}", ("attribute", "args"), ("item", index))
-        for name in function.keywords:
-            take(
-                f"partial argument {name!r}", ("attribute", "keywords"), ("item", name)
-            )
-    elif isinstance(function, types.MethodType):
-        take("method", ("attribute", "__func__"))
-        found.setdefault("self", (*path, ("attribute", "__self__")))
-    elif isinstance(function, types.FunctionType):
-        if names is not None and not _is_type_check(function):
-            names |= _names_in(function.__code__)
-        for label, *steps in _uses(function):
+    if isinstance(function, types.FunctionType) and names is not None:
+        names |= names_in(function)
+    for label, _, *steps in uses(function):
+        if label == "self":
+            found.setdefault(label, (*path, *steps))
+        else:
             take(label, *steps)
 
 
-def _uses(function: types.FunctionType) -> Iterator[tuple[Any, ...]]:
-    """Yield a label and the steps for all that the code of a function names."""
+def uses(function: Any) -> Iterator[tuple[Any, ...]]:
+    """Yield a label, what holds the thing, and the steps to all that a callable uses.
+
+    These are its own steps only: those of the callables among them are not taken.
+    """
+    if isinstance(function, functools.partial):
+        held = function.args, function.keywords
+        yield "function of the partial", function, ("attribute", "func")
+        for index in range(len(function.args)):
+            label = f"partial argument {index}"
+            yield label, held[0], ("attribute", "args"), ("item", index)
+        for name in function.keywords:
+            label = f"partial argument {name!r}"
+            yield label, held[1], ("attribute", "keywords"), ("item", name)
+    elif isinstance(function, types.MethodType):
+        yield "method", function, ("attribute", "__func__")
+        yield "self", function, ("attribute", "__self__")
+    elif isinstance(function, types.FunctionType):
+        yield from _used_by_code(function)
+
+
+def _used_by_code(function: types.FunctionType) -> Iterator[tuple[Any, ...]]:
     code, of = function.__code__, f" of {function.__name__}"
     if _is_type_check(function):
         for index, cell in enumerate(function.__closure__ or ()):
             if is_assigned(cell) and isinstance(cell.cell_contents, CALLABLES):
-                yield "", ("cell", index)  # what it wraps is among these
+                yield "", cell, ("cell", index)  # what it wraps is among these
         return
     for index, name in enumerate(code.co_freevars):
-        if is_assigned((function.__closure__ or ())[index]):
-            yield f"closure variable {name!r}{of}", ("cell", index)
+        cell = (function.__closure__ or ())[index]
+        if is_assigned(cell):
+            yield f"closure variable {name!r}{of}", cell, ("cell", index)
     for name in _globals_in(code) & function.__globals__.keys():
-        yield f"global {name!r}", ("global", name)
+        yield f"global {name!r}", function.__globals__, ("global", name)
     defaults = function.__defaults__ or ()
     for index in range(len(defaults)):
         parameter = code.co_varnames[code.co_argcount - len(defaults) + index]
         label = f"default of parameter {parameter!r}{of}"
-        yield label, ("attribute", "__defaults__"), ("item", index)
+        yield label, defaults, ("attribute", "__defaults__"), ("item", index)
     for name in function.__kwdefaults__ or {}:
-        label = f"default of parameter {name!r}{of}"
-        yield label, ("attribute", "__kwdefaults__"), ("item", name)
+        label, held = f"default of parameter {name!r}{of}", function.__kwdefaults__
+        yield label, held, ("attribute", "__kwdefaults__"), ("item", name)
 
 
 def _is_type_check(function: types.FunctionType) -> bool:
@@ -134,7 +155,7 @@ _LIBRARIES = _CHECKERS_OF_TYPES | {
     *("einops", "opt_einsum", "scipy", "tensordict"),
 }
 # Dynamo cannot look into their objects, and no number of the user's is there.
-_NO_VALUES = _CHECKERS_OF_TYPES | {"typing", "inspect", "re", "ctypes"}
+_NO_VALUES = _CHECKERS_OF_TYPES | {"typing", "inspect", "re", "ctypes", "logging"}
 
 
 def is_library(value: Any) -> bool:
@@ -146,6 +167,20 @@ def is_library(value: Any) -> bool:
     else:  # a partial or a bound method may hold what is the user's
         return _top(type(value).__module__) in _NO_VALUES
     return _top(name) in _LIBRARIES or isinstance(value, type)
+
+
+def is_foreign(value: Any) -> bool:
+    """Whether nothing that a value leads to can be a setting of the user's."""
+    if isinstance(value, types.ModuleType):
+        top = _top(value.__name__)
+    elif isinstance(value, (type, types.FunctionType)):
+        top = _top(value.__module__)
+    else:
+        top = _top(type(value).__module__)
+        return top in _NO_VALUES or (
+            top in _LIBRARIES and not isinstance(value, torch.nn.Module)
+        )
+    return top in _LIBRARIES or top in sys.stdlib_module_names
 
 
 def _top(module: str | None) -> str:
@@ -178,25 +213,19 @@ def _globals_in(code: types.CodeType) -> frozenset[str]:
     )
 
 
+def names_in(function: types.FunctionType) -> frozenset[str]:
+    """Return every attribute name in the code of a function, as getattr's texts too."""
+    if _is_type_check(function):
+        return frozenset()
+    return _names_in(function.__code__)
+
+
+@functools.lru_cache(maxsize=1024)
 def _names_in(code: types.CodeType) -> frozenset[str]:
-    return frozenset(name for inner in _codes(code) for name in inner.co_names)
-
-
-def numbers_used(
-    value: Any, names: Sequence[str], depth: int, found: list[Any]
-) -> None:
-    """Collect the numbers and texts that code using ``names`` reaches from a value."""
-    if isinstance(value, (bool, int, float, complex, str)):
-        found.append(value)
-    elif isinstance(value, torch.Tensor) or depth == 0:
-        return
-    elif isinstance(value, (list, tuple)):
-        for item in value:
-            numbers_used(item, names, depth - 1, found)
-    elif isinstance(value, dict):
-        for item in value.values():
-            numbers_used(item, names, depth - 1, found)
-    else:
-        for name in names:
-            if hasattr(value, name):
-                numbers_used(getattr(value, name), names, depth - 1, found)
+    found: set[str] = set()
+    for inner in _codes(code):
+        found |= {*inner.co_names}
+        if not {"getattr", "hasattr"}.isdisjoint(inner.co_names):
+            texts = (text for text in inner.co_consts if isinstance(text, str))
+            found |= {text for text in texts if text.isidentifier()}
+    return frozenset(found)

@@ -8,6 +8,7 @@ once per rule and signature, on the tensors of the call.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -19,7 +20,7 @@ from gradtools.errors import GradtoolsError, TransformError
 from gradtools.lowering import linear, opacity
 from gradtools.lowering.flat import Lowerable, Optional, Tensors
 from gradtools.lowering.residuals import Layout
-from gradtools.probing import probing
+from gradtools.probing import is_checking, probing
 from gradtools.rules.rule import Rule
 
 __all__ = [
@@ -177,8 +178,10 @@ def _once(
         if what in state.tested | state.under_test:
             return
         state.under_test.add(what)
+        in_check = is_checking()  # whose own modes have to stay
+        unseen = contextlib.nullcontext() if in_check else torch_compat.without_modes()
         try:
-            with probing(), torch_compat.clean_autograd():
+            with probing(), unseen, torch_compat.clean_autograd():
                 setattr(state, what, find())
         finally:
             state.under_test.discard(what)

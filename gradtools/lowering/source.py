@@ -99,10 +99,10 @@ def write(pattern: Pattern) -> str:
 
 
 _DISTURBED = (
-    "transformed() or dual._current_level >= 0 or autocast() "
+    "transformed() or dual._current_level >= 0 or autocast() or watched() "
     "or exports._is_exporting_flag"
 )
-_BY_TYPE = (type(None), float, complex)  # the value may differ from call to call
+_BY_TYPE = (float, complex)  # the value may differ from call to call
 
 
 def _tensors(pattern: Pattern) -> list[int]:
@@ -134,7 +134,10 @@ def _key(pattern: Pattern) -> list[tuple[str, str, str]]:
         if not pattern.on_cpu:
             parts.append((f"v{n}", f"a{n}.device", f"a{n}.device == v{n}"))
     for n, kind in pattern.constants:
-        if kind not in _BY_TYPE:
+        if kind in _BY_TYPE:
+            told = f"telling_little.get(a{n})"
+            parts.append((f"k{n}", told, f"{told} == k{n}"))
+        elif kind is not type(None):
             parts.append((f"k{n}", f"a{n}", f"a{n} == k{n}"))
     return parts
 

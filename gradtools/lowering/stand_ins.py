@@ -31,6 +31,12 @@ class Known:
         """Return the object that a variable of the frame holds."""
         return self.variables[name].realize().value
 
+    def objects(self, name: str) -> list[Any]:
+        """Return the objects in a list of the frame; None for what is none."""
+        items = self.variables[name].realize().items
+        found = (getattr(item.realize(), "value", None) for item in items)
+        return [None if isinstance(x, torch.Tensor) else x for x in found]
+
     def stand_in(self, name: str) -> Any:
         """Return what a variable of the frame stands for, tensors without values."""
         return _stand_in(self.variables[name], self.wanting, self.examples)

@@ -34,7 +34,9 @@ class State:
         unchecked: Why calls went unchecked, as far as the report says so.
         remembered: Arguments of a call, for checks that come when it is over.
         is_one_of_many: The rule has been met at more signatures than are checked.
-        lock: Held while a check runs.
+        lock: Held while a precondition is tested.
+        checking: Held while a check runs, on a thread of its own too: a rule that calls
+            itself there has its preconditions tested.
     """
 
     watched: set[str] = dataclasses.field(default_factory=set)
@@ -53,6 +55,7 @@ class State:
     remembered: Any = None
     is_one_of_many: bool = False
     lock: threading.RLock = dataclasses.field(default_factory=threading.RLock)
+    checking: threading.RLock = dataclasses.field(default_factory=threading.RLock)
 
 
 class Checks(Protocol):

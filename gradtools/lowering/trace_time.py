@@ -11,9 +11,11 @@ from typing import Any
 import torch
 
 from gradtools import torch_compat
+from gradtools.lowering.user_code import autocast_state
 
 __all__ = [
     "at_trace_time",
+    "autocast_here",
     "goes_through_aot",
     "is_exporting_here",
     "is_moving",
@@ -30,6 +32,12 @@ def at_trace_time(function: Callable[..., Any]) -> Callable[..., Any]:
     marked: Any = function
     marked._dynamo_marked_constant = True
     return function
+
+
+@at_trace_time
+def autocast_here() -> tuple[tuple[str, torch.dtype], ...]:
+    """Return the device types under autocast, each with its dtype."""
+    return autocast_state(torch_compat.autocast_devices())
 
 
 @at_trace_time

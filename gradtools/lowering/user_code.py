@@ -12,7 +12,7 @@ from gradtools.errors import GradtoolsError
 from gradtools.lowering.state import Checks
 from gradtools.rules.rule import Rule
 
-__all__ = ["autocast_state", "noted", "under_policy"]
+__all__ = ["autocast_state", "noted", "under_autocast", "under_policy"]
 
 
 def noted(error: Exception, rule: Rule, role: str) -> None:
@@ -51,3 +51,20 @@ def autocast_state(devices: Sequence[str]) -> tuple[tuple[str, torch.dtype], ...
         for device in devices
         if torch.is_autocast_enabled(device)
     )
+
+
+def under_autocast(
+    states: Sequence[tuple[str, torch.dtype | None]],
+    function: Any,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    """Call a function with each device type under autocast to a dtype, or None.
+
+    One ``with`` in the other: torch.compile does not follow a stack of contexts.
+    """
+    if not states:
+        return function(*args, **kwargs)
+    (device, dtype), *rest = states
+    with torch.autocast(device, dtype, enabled=dtype is not None):
+        return under_autocast(rest, function, *args, **kwargs)

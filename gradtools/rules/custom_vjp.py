@@ -55,8 +55,6 @@ class StatedRule(Generic[P, R]):
         "_checker",
         "_lowered",
         "key",
-        "names",
-        "reads",
         "rule",
         "written",
     )
@@ -68,8 +66,6 @@ class StatedRule(Generic[P, R]):
         self.__name__ = rule.name
         self.rule = rule
         self.key = register(self)
-        self.reads: Sequence[Any] = ()  # for torch.compile; see lowering.boundary
-        self.names: Sequence[str] = ()
         self.written = Written()
         self._checker: Checker | None = None
         self._lowered: Lowered | None = None

@@ -216,6 +216,38 @@ def test_wider_tolerances_of_an_exact_contract_hold():
         stated(torch.sin, bwd).gradcheck(spread())
 
 
+def root_where_positive(x, w):
+    return torch.where(x > 0, torch.sqrt(x), 0.0) * w
+
+
+@pytest.mark.parametrize("factor", [1.0, 2.0])
+def test_nan_in_both_derivatives_is_named_with_its_place(factor):
+    def bwd(residuals, g):  # 0 * inf where x is negative, as in autograd's own
+        (x, w), _ = residuals
+        inside = torch.where(x > 0, g * w, 0.0)
+        return inside / (2 * torch.sqrt(x)), factor * g * root_where_positive(x, 1)
+
+    rule = stated(root_where_positive, bwd)
+    args = [v(1.0, 2.0, -1.0).requires_grad_() for _ in range(2)]
+    if factor == 1:
+        message = (
+            r"derivative in x: bwd and autograd both give NaN at args\.x\[2\] "
+            r"\(1 of 3 numbers\)"
+        )
+        with pytest.warns(UserWarning, match=message):
+            rule(*args)
+        assert rule.reports[0].outcome == "not checked"
+    else:  # and does not hide what is wrong in the other argument
+        with pytest.raises(gt.GradientMismatchError, match=r"args\.w.*it is 2 times"):
+            rule(*args)
+
+
+def test_infinity_in_both_derivatives_is_named():
+    rule = stated(lambda x: x * torch.inf, lambda residuals, g: g * torch.inf)
+    with pytest.warns(UserWarning, match=r"both give infinity at args\.x\[0\]"):
+        rule(v(1.0, 2.0).requires_grad_())
+
+
 def test_jvp_rules_are_checked_too():
     @gt.custom_jvp
     def sine(x):

@@ -298,3 +298,15 @@ def test_a_wrong_method_is_an_error_of_gradtools():
 
     with pytest.raises(gt.GradientMismatchError, match=r"args\.x.*it is 2 times"):
         compiled(Wrong())(x().requires_grad_())
+
+
+def test_a_rule_that_calls_itself_is_checked():
+    @gt.custom_vjp
+    def exp(x):
+        return torch.exp(x)
+
+    exp.def_fwd(lambda x: (exp(x), (x,)))
+    exp.def_bwd(lambda residuals, g: g * exp(residuals[0]))
+    second = torch.func.hessian(lambda x: exp(x).sum())
+    assert_close(compiled(second)(x()), torch.exp(x()).diag())
+    assert {report.outcome for report in exp.reports} == {"passed"}

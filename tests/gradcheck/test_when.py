@@ -87,6 +87,37 @@ def test_a_signature_is_checked_once():
     assert len(rule.reports) == 3
 
 
+@pytest.mark.parametrize("first", [0.0, 1.0, float("inf")])
+def test_a_number_that_hides_a_mistake_does_not_count_for_the_others(first):
+    @gt.custom_vjp
+    def scaled(x, factor):
+        return x * min(factor, 10.0)
+
+    @scaled.def_bwd
+    def _(residuals, g):
+        (_, factor), _ = residuals[0], residuals[1]
+        return g * (10.0 if factor > 10 else factor**2), None
+
+    for _ in range(4):  # until there is code for such calls
+        scaled(x().requires_grad_(), first).sum().backward()
+    with pytest.raises(gt.GradientMismatchError, match="3 times what it should be"):
+        scaled(x().requires_grad_(), 3.0)
+
+
+def test_reports_of_ever_new_arguments_do_not_pile_up():
+    @gt.custom_vjp
+    def scaled(x, step):
+        return x * step
+
+    scaled.def_bwd(lambda residuals, g: (g * residuals[0][1], None))
+    arg = x().requires_grad_()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for step in range(300):
+            scaled(arg, step).sum().backward()
+    assert len(scaled.reports) <= 256
+
+
 def test_a_failure_is_remembered_and_raised_again():
     rule = sine(2.0)
     errors = []

@@ -231,3 +231,12 @@ def test_a_fwd_that_calls_its_rule_has_second_derivatives_in_every_order():
 
 def _sinh_and_more(sinh, g):
     return (g * (sinh + (1 + sinh * sinh).sqrt()),)
+
+
+@modes
+def test_a_number_with_which_bwd_is_linear_does_not_count_for_the_others(jvp):
+    bwd = lambda bound, g: (g.clamp(-bound, bound), None)
+    rule = stated(lambda x, bound: x * 1, lambda x, bound: (x * 1, bound), bwd)
+    assert_close(jvp(lambda x: rule(x, float("inf")), X, V)[1], V)
+    with pytest.raises(gt.TransformError, match="not linear in its cotangent"):
+        jvp(lambda x: rule(x, 1.0), X, V)

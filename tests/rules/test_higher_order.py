@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 from torch.testing import assert_close
 
 import gradtools as gt
@@ -193,6 +194,29 @@ def test_a_fwd_that_draws_only_later_is_replayed_too():
     mask = y / x**3
     assert 0 < mask.count_nonzero() < 20
     assert_close((first, second), (3 * x**2 * mask, 6 * x * mask))
+
+
+@pytest.mark.parametrize("is_compiled", [False, True])
+def test_that_fwd_draws_is_not_learned_from_a_trace(is_compiled):
+    def fwd(x):
+        mask = torch.rand_like(x).round()
+        return x**3 * mask, 3 * x**2 * mask
+
+    rule = stated(lambda x: fwd(x)[0], fwd, lambda slope, g: g * slope)
+    x = torch.linspace(1, 2, 20)
+    if is_compiled:
+        first = torch.func.grad(lambda x: rule(x).sum())
+        torch.compile(first, backend="aot_eager")(x)
+    else:
+        with FakeTensorMode():
+            rule(torch.ones(20, requires_grad=True)).sum().backward()
+    leaf_x = x.clone().requires_grad_()
+    out = rule(leaf_x)
+    torch.rand(3)  # what others draw meanwhile does not matter
+    (first,) = gradients(out, leaf_x, create_graph=True)
+    mask = out.detach() / x**3
+    assert 0 < mask.count_nonzero() < 20
+    assert_close(gradients(first, leaf_x), (6 * x * mask,))
 
 
 @pytest.mark.on_cpu

@@ -150,6 +150,30 @@ def test_forward_mode_around_one_whole_graph_is_refused(first):
         step(forward_ad.make_dual(x(), torch.ones(4)))
 
 
+def test_export_of_a_derivative_is_refused_by_name():
+    class Gradient(torch.nn.Module):
+        def forward(self, x):
+            return torch.func.grad(lambda x: cube(x).sum())(x)
+
+    with pytest.raises(gt.TransformError, match="cannot trace a derivative") as error:
+        torch.export.export(Gradient(), (x(),), strict=False)
+    error.match("take its derivative outside")
+
+
+def test_export_of_a_vmap_keeps_the_forward():
+    class Batched(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale = torch.nn.Parameter(torch.tensor(2.0))
+
+        def forward(self, x):
+            return torch.vmap(cube)(self.scale * x)
+
+    with pytest.warns(UserWarning, match="export keeps the forward of the rule cube"):
+        program = torch.export.export(Batched(), (x(),), strict=False)
+    assert_close(program.module()(x()), (2 * x()) ** 3)
+
+
 @pytest.mark.parametrize("is_known", [False, True])
 @pytest.mark.parametrize("strict", [False, True])
 def test_export_keeps_the_forward_and_says_so(strict, is_known):
@@ -163,3 +187,38 @@ def test_export_keeps_the_forward_and_says_so(strict, is_known):
     with pytest.warns(UserWarning, match="export keeps the forward of the rule cube"):
         program = torch.export.export(Model(), (arg,), strict=strict)
     assert_close(program.module()(x()), x() ** 3)
+
+
+@gt.custom_vjp(contract=gt.Surrogate())
+def multiplied(a, b):
+    return a @ b
+
+
+@multiplied.def_bwd
+def _(residuals, g):
+    (a, b), _ = residuals
+    narrow = (a @ b).dtype == torch.bfloat16  # the autocast state of the forward
+    return (10 if narrow else 20) * (g.to(b.dtype) @ b.mT), None
+
+
+@pytest.mark.parametrize("is_inside", [False, True], ids=["around", "inside"])
+@pytest.mark.parametrize("transform", [lambda f: f, torch.func.grad])
+def test_bwd_runs_under_the_autocast_state_of_fwd(transform, is_inside):
+    def loss(a, b):
+        with torch.autocast("cpu", torch.bfloat16, enabled=is_inside):
+            return multiplied(a, b).float().sum()
+
+    step = torch.compile(
+        transform(loss if is_inside else lambda a, b: multiplied(a, b).float().sum()),
+        fullgraph=True,
+        backend="aot_eager",
+    )
+    for enabled in (True, False, True):
+        eye = torch.eye(3, dtype=torch.float32)  # autocast leaves doubles alone
+        a = eye.clone().requires_grad_(transform is not torch.func.grad)
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled and not is_inside):
+            found = step(a, eye)
+        if a.requires_grad:
+            (found,) = torch.autograd.grad(found, a)
+        factor = 10.0 if enabled or is_inside else 20.0
+        assert_close(found, torch.full_like(eye, factor))

@@ -94,6 +94,7 @@ def test_the_check_knows_nothing_of_functions():
             r"^torch\.autograd\.Function$",
             {
                 "lowering.functions",
+                "lowering.settings",
                 "lowering.traced",
                 "rules.function_class",
                 "rules.lift",

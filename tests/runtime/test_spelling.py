@@ -194,3 +194,17 @@ def test_a_rule_pays_nothing():
     assert type(gt.clip_grad).__call__ is StatedRule.__call__
     assert not hasattr(StatedRule.__call__, "__wrapped__")
     assert not hasattr(CurvatureOperator.__call__, "__wrapped__")
+
+
+@pytest.mark.parametrize("transform", [lambda f: f, torch.func.grad])
+def test_a_rule_in_compiled_code_names_it_too(transform):
+    @gt.custom_vjp
+    def scaled(x, *, factor=1.0):
+        return x * factor
+
+    scaled.def_bwd(lambda residuals, g: (g * residuals[0][1], None))
+    step = torch.compile(
+        transform(lambda x: scaled(x, facotr=2.0).sum()), backend="aot_eager"
+    )
+    with pytest.raises(TypeError, match=r"argument 'facotr'\n.*Did you mean 'factor'"):
+        step(torch.ones(3))

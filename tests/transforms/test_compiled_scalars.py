@@ -3,8 +3,12 @@
 A traced rule would keep the old number without a sign; Dynamo guards on it instead.
 """
 
+import collections
 import dataclasses
+import math
+import types
 
+import numpy as np
 import pytest
 import torch
 
@@ -135,7 +139,166 @@ def in_argument():
     return Held(lambda x: scaled(x, factor), change)
 
 
+def scaled_by(read):
+    """Return a rule whose functions ask for their factor."""
+
+    @gt.custom_vjp
+    def scaled(x):
+        return read() * torch.sin(x)
+
+    @scaled.def_bwd
+    def _(residuals, g):
+        ((x,), _) = residuals
+        return g * 10 * read() * torch.cos(x)
+
+    return scaled
+
+
+class Schedule:
+    factor = 2.0
+
+    def now(self):
+        return self.factor
+
+    def __call__(self):
+        return self.factor
+
+
+class Constants:
+    factor = 2.0
+
+
+def in_class():
+    def change(value):
+        Constants.factor = value
+
+    return Held(scaled_by(lambda: Constants.factor), change)
+
+
+def deep_in_objects():
+    settings = types.SimpleNamespace(a=types.SimpleNamespace(b=[{"c": Settings()}]))
+    inner = settings.a.b[0]["c"]
+    return Held(
+        scaled_by(lambda: settings.a.b[0]["c"].factor),
+        lambda value: setattr(inner, "factor", value),
+    )
+
+
+def by_name():
+    settings = Settings()
+    return Held(
+        scaled_by(lambda: getattr(settings, "unset", 2)),
+        lambda value: setattr(settings, "unset", value),
+    )
+
+
+def in_what_a_method_reads():
+    schedule = Schedule()
+    return Held(
+        scaled_by(lambda: 1 * schedule.now()),
+        lambda value: setattr(schedule, "factor", value),
+    )
+
+
+def in_what_a_callable_reads():
+    schedule = Schedule()
+    return Held(scaled_by(schedule), lambda value: setattr(schedule, "factor", value))
+
+
+def in_a_module_within_a_module():
+    class Scale(torch.nn.Module):
+        factor = 2.0
+
+        def forward(self, x):
+            return self.factor * x
+
+    module = torch.nn.Sequential(torch.nn.Identity(), Scale())
+    return Held(
+        scaled_by(lambda: module(1)), lambda value: setattr(module[1], "factor", value)
+    )
+
+
+def in_a_set():
+    settings = set()
+
+    def change(value):
+        settings.clear()
+        settings.add(value)
+
+    return Held(scaled_by(lambda: sum(settings)), change)
+
+
+def in_a_queue():
+    settings = collections.deque([2.0])
+    change = lambda value: settings.__setitem__(0, value)
+    return Held(scaled_by(lambda: settings[0]), change)
+
+
+def in_another_rule():
+    schedule = Schedule()
+    inner = scaled_by(lambda: schedule.now() / 10)
+
+    @gt.custom_vjp
+    def outer(x):
+        return inner(x)
+
+    @outer.def_bwd
+    def _(residuals, g):
+        ((x,), _) = residuals
+        return g * 100 * inner(x + math.pi / 2)
+
+    return Held(outer, lambda value: setattr(schedule, "factor", value))
+
+
+def in_a_method_of_an_argument():
+    @gt.custom_vjp
+    def scaled(x, schedule):
+        return schedule.now() * torch.sin(x)
+
+    @scaled.def_bwd
+    def _(residuals, g):
+        ((x, schedule), _) = residuals
+        return g * 10 * schedule.now() * torch.cos(x), None
+
+    schedule = Schedule()
+    change = lambda value: setattr(schedule, "factor", value)
+    return Held(lambda x: scaled(x, schedule), change)
+
+
+def in_a_rule_that_calls_itself():
+    factor = 2.0
+
+    @gt.custom_vjp
+    def scaled(x):
+        return factor * torch.sin(x)
+
+    @scaled.def_fwd
+    def _(x):
+        return scaled(x), (x,)
+
+    @scaled.def_bwd
+    def _(residuals, g):
+        return g * 10 * factor * torch.cos(residuals[0])
+
+    def change(value):
+        nonlocal factor
+        factor = value
+
+    return Held(lambda x: 1 * scaled(x), change)  # it has the rule in a cell too
+
+
 PLACES = [
+    in_class,
+    deep_in_objects,
+    by_name,
+    in_what_a_method_reads,
+    in_what_a_callable_reads,
+    in_a_module_within_a_module,
+    in_a_set,
+    in_a_queue,
+    in_another_rule,
+    in_a_method_of_an_argument,
+    in_a_rule_that_calls_itself,
     in_global,
     in_attribute_of_self,
     in_closure,
@@ -176,3 +339,52 @@ def test_a_changed_number_is_seen(place, values, derivative):
         for value in values:
             held.change(value)
             torch.testing.assert_close(run(x), 10 * value * torch.cos(x))
+
+
+NUMBER = np.float32(2.0)
+TENSOR = torch.tensor(2.0)
+
+
+@pytest.mark.parametrize(
+    ("read", "where", "got"),
+    [
+        (lambda: float(NUMBER), "global 'NUMBER'", "a numpy float32"),
+        (lambda: TENSOR, "global 'TENSOR'", r"a tensor of shape \(\)"),
+    ],
+)
+def test_what_cannot_be_guarded_is_an_error(read, where, got):
+    rule = scaled_by(read)
+    step = torch.compile(
+        torch.func.grad(lambda x: rule(x).sum()), fullgraph=True, backend="aot_eager"
+    )
+    with (
+        gt.gradcheck_policy("off"),
+        pytest.raises(gt.TransformError, match="would not see a value") as caught,
+    ):
+        step(torch.randn(3))
+    caught.match(where)
+    caught.match(got)
+    caught.match("Pass it as an argument")
+
+
+def test_a_number_of_a_function_class_is_an_error():
+    class Doubled(torch.autograd.Function):
+        factor = 2.0
+
+        @staticmethod
+        def forward(ctx, x):
+            return 2 * x
+
+        @staticmethod
+        def backward(ctx, g):
+            return g * Doubled.factor
+
+    rule = gt.lift(Doubled)
+    step = torch.compile(
+        torch.func.grad(lambda x: rule(x).sum()), fullgraph=True, backend="aot_eager"
+    )
+    with (
+        gt.gradcheck_policy("off"),
+        pytest.raises(gt.TransformError, match=r"Doubled\.factor"),
+    ):
+        step(torch.randn(3))
