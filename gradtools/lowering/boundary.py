@@ -36,7 +36,7 @@ from gradtools import torch_compat, trees
 from gradtools.errors import GradtoolsError, TransformError
 from gradtools.lowering import free_variables
 from gradtools.lowering.flat import Plan
-from gradtools.lowering.settings import Settings, settings_read
+from gradtools.lowering.settings import Cells, Settings, settings_read
 from gradtools.lowering.stand_ins import Known, Unknown
 from gradtools.lowering.trace_time import (
     at_trace_time,
@@ -104,6 +104,7 @@ class Crossable(Protocol):
 
     key: str
     rule: Rule
+    cells: Cells
     written: Any
 
     def run_entries(self, entries: Sequence[Any]) -> Any:
@@ -331,7 +332,7 @@ def _cross(
     _ = {target.key}  # a constant from here on, see below
     _make_crossing()
     skeleton, given, holes = _luggage(entries, leaves)
-    everything = (target.rule, *leaves)
+    everything = (target.rule, target.cells, *leaves)
     seen: list[int] = []
     for path, number in _settings(target.key):
         # A number is compared, or Dynamo may make a symbol of it and guard on nothing.
@@ -406,9 +407,11 @@ def _refuse_strict_export(key: str) -> None:
 @at_trace_time
 def _settings(key: str) -> Settings:
     """List what the rule's functions read past their arguments."""
-    objects = _known().objects("leaves")
+    target, objects = _registry[key], _known().objects("leaves")
     try:
-        return settings_read(_registry[key].rule, objects, in_aot=goes_through_aot())
+        return settings_read(
+            target.rule, target.cells, objects, in_aot=goes_through_aot()
+        )
     except GradtoolsError as error:
         raise _passing(error) from None
 

@@ -47,6 +47,8 @@ def follow(value: Any, path: Path) -> Any:
             value = len(value)
         elif kind == "contains":
             value = key in value
+        elif kind == "call":
+            value = value()
         else:
             value = getattr(value, key)
     return value
@@ -156,6 +158,8 @@ _LIBRARIES = _CHECKERS_OF_TYPES | {
 }
 # Dynamo cannot look into their objects, and no number of the user's is there.
 _NO_VALUES = _CHECKERS_OF_TYPES | {"typing", "inspect", "re", "ctypes", "logging"}
+# What there is in Python itself to hold values of the user's, beside containers.
+_HOLDERS = frozenset({"argparse", "types"})
 
 
 def is_library(value: Any) -> bool:
@@ -177,6 +181,8 @@ def is_foreign(value: Any) -> bool:
         top = _top(value.__module__)
     else:
         top = _top(type(value).__module__)
+        if top in sys.stdlib_module_names:  # locks, random numbers, files
+            return top not in _HOLDERS
         return top in _NO_VALUES or (
             top in _LIBRARIES and not isinstance(value, torch.nn.Module)
         )

@@ -11,6 +11,7 @@ from __future__ import annotations
 import collections
 import enum
 import inspect
+import numbers
 import types
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -29,7 +30,7 @@ from gradtools.lowering.free_variables import (
 )
 from gradtools.rules.rule import Rule
 
-__all__ = ["Settings", "settings_read"]
+__all__ = ["Cells", "Settings", "settings_read"]
 
 Settings = tuple[tuple[Path, Any], ...]
 
@@ -40,32 +41,58 @@ _CONSTANT = (
 )  # fmt: skip
 _CONTAINERS = (
     list, tuple, dict, set, frozenset, collections.deque, collections.UserDict,
-    collections.UserList,
+    collections.UserList, types.MappingProxyType,
 )  # fmt: skip
 _MISSING = object()
 
 
-def settings_read(rule: Rule, objects: Sequence[Any], *, in_aot: bool) -> Settings:
+class Cells:
+    """Functions that return what is in the cells of others.
+
+    Dynamo takes no cell apart that the function which it traces has as well; it does
+    follow code that names the variable. Here they stay, for it guards on them.
+    """
+
+    def step_to(self, cell: types.CellType) -> tuple[str, str]:
+        """Return the step to the function for a cell, as an attribute of this."""
+        for name, read in vars(self).items():
+            if read.__closure__[0] is cell:
+                return "attribute", name
+        held = None
+
+        def read() -> Any:
+            return held
+
+        name = f"cell_{len(vars(self))}"
+        made = types.FunctionType(read.__code__, globals(), name, None, (cell,))
+        setattr(self, name, made)
+        return "attribute", name
+
+
+def settings_read(
+    rule: Rule, cells: Cells, objects: Sequence[Any], *, in_aot: bool
+) -> Settings:
     """Return a path and a value for all that a rule reads: of numbers, the number.
 
     Args:
         rule: The rule.
+        cells: Its cells, which are kept with it.
         objects: Its arguments; tensors and numbers among them are none of this.
         in_aot: AOT autograd traces, which takes no tensor that it is not handed.
 
     Returns:
-        Paths that start at ``(rule, *objects)``.
+        Paths that start at ``(rule, cells, *objects)``.
 
     Raises:
         TransformError: The rule reads what can be neither guarded on nor traced.
     """
     names: frozenset[str] = frozenset()
     while True:  # a method may name attributes of what was searched before it was found
-        search = _Search(rule, names, in_aot)
+        search = _Search(rule, cells, names, in_aot)
         search.visit(rule, (("item", 0),))
-        for index, value in enumerate(objects, 1):
+        for index, value in enumerate(objects, 2):
             if not isinstance(value, (*_CONSTANT, torch.Tensor)):
-                is_self = rule.is_method and index == 1
+                is_self = rule.is_method and index == 2
                 search.visit(value, (("item", index),), is_called=not is_self)
         before, names = names, frozenset(search.used)
         if names == before:
@@ -77,6 +104,7 @@ class _Search:
 
     Args:
         rule: The rule.
+        cells: Its cells.
         names: The names that their code is known to use.
         in_aot: Captured tensors are errors.
 
@@ -85,8 +113,11 @@ class _Search:
         found: The constants, by the path to each.
     """
 
-    def __init__(self, rule: Rule, names: frozenset[str], in_aot: bool) -> None:
+    def __init__(
+        self, rule: Rule, cells: Cells, names: frozenset[str], in_aot: bool
+    ) -> None:
         self.rule = rule
+        self.cells = cells
         self.names = names
         self.in_aot = in_aot
         self.used: set[str] = set()
@@ -110,8 +141,10 @@ class _Search:
         if isinstance(value, _CONSTANT):
             is_number = isinstance(value, (bool, int, float))
             self.found[path] = value if is_number else None
+        elif isinstance(value, numbers.Number):
+            raise self.lost(label, f"a {type(value).__name__}")
         elif isinstance(value, torch.Tensor):
-            if self.in_aot and path[-1][0] in ("cell", "global"):
+            if self.in_aot and path[-1][0] in ("call", "global"):
                 raise self.lost(label, f"a tensor of shape {tuple(value.shape)}")
         elif isinstance(value, type) and issubclass(value, torch.autograd.Function):
             self.refuse_numbers_of(value)
@@ -125,7 +158,11 @@ class _Search:
                     new.append((below, tuple(way)))
             for below, way in new:
                 more = below if below[:1].isalpha() else label + below
-                self.visit(follow(value, way), (*path, *way), more)
+                further = (*path, *way)
+                if way[0][0] == "cell":
+                    step = self.cells.step_to(value.__closure__[way[0][1]])
+                    further = ("item", 1), step, ("call", None)
+                self.visit(follow(value, way), further, more)
 
     def parts(self, value: Any, is_called: bool) -> Iterator[tuple[Any, ...]]:
         """Yield the parts of a value: a label, what holds it, the steps to it."""
@@ -158,9 +195,10 @@ class _Search:
             for name in modules:
                 yield f".{name}", modules, ("attribute", "_modules"), ("item", name)
         for name in sorted(self.names):
-            if name in modules or _has(value, name):
+            has = name in modules or _has(value, name)
+            if has:
                 yield f".{name}", value, ("attribute", name)
-            elif not isinstance(value, (type, types.ModuleType)):
+            elif has is False and not isinstance(value, (type, types.ModuleType)):
                 yield "", value, ("has", name)
 
     def refuse_numbers_of(self, cls: type) -> None:
@@ -198,18 +236,19 @@ def _has_attributes(value: Any) -> bool:
     return hasattr(value, "__dict__") or has_slots
 
 
-def _has(value: Any, name: str) -> bool:
-    """Whether an object has an attribute that can be read."""
+def _has(value: Any, name: str) -> bool | None:
+    """Whether an object has an attribute; None where asking for it fails."""
     static = inspect.getattr_static(value, name, _MISSING)
-    if static is _MISSING or (
-        isinstance(value, type) and inspect.isdatadescriptor(static)
-    ):
-        return False
+    if isinstance(value, type) and inspect.isdatadescriptor(static):
+        return None
     try:
-        getattr(value, name)
-    except Exception:  # a property that has nothing to say yet
+        found = getattr(value, name)
+    except AttributeError:
         return False
-    return True
+    except Exception:  # a property, or a library, that has nothing to say yet
+        return None
+    # Parameters of a module are no settings: that they are there is enough.
+    return static is not _MISSING or not isinstance(found, torch.Tensor)
 
 
 def _items(value: Any) -> Iterator[tuple[Any, ...]]:
@@ -222,7 +261,8 @@ def _items(value: Any) -> Iterator[tuple[Any, ...]]:
         for index in range(len(value)):
             yield f"[{index}]", value, ("item", index)
     else:
-        step = "item" if isinstance(value, dict) else "contains"
+        is_mapping = isinstance(value, (dict, types.MappingProxyType))
+        step = "item" if is_mapping else "contains"
         for key in value:
             if isinstance(key, (str, int, float)):
                 yield f"[{key!r}]", value, (step, key)

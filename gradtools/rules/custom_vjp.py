@@ -23,6 +23,7 @@ from gradtools.lowering.boundary import call, is_tracing, register
 from gradtools.lowering.dispatch import Lowered
 from gradtools.lowering.express import ASTRAY
 from gradtools.lowering.flat import Plan
+from gradtools.lowering.settings import Cells
 from gradtools.lowering.traced import Written
 from gradtools.rules.display import HEADINGS, headline, rows
 from gradtools.rules.methods import BoundRule, Method
@@ -54,6 +55,7 @@ class StatedRule(Generic[P, R]):
         "__weakref__",
         "_checker",
         "_lowered",
+        "cells",
         "key",
         "rule",
         "written",
@@ -66,6 +68,7 @@ class StatedRule(Generic[P, R]):
         self.__name__ = rule.name
         self.rule = rule
         self.key = register(self)
+        self.cells = Cells()  # for torch.compile; see lowering.boundary
         self.written = Written()
         self._checker: Checker | None = None
         self._lowered: Lowered | None = None
