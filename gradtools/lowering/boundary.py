@@ -22,6 +22,7 @@ that needs it.
 from __future__ import annotations
 
 import contextlib
+import enum
 import gc
 import itertools
 import sys
@@ -320,7 +321,7 @@ def _cross(
         value = free_variables.follow(target.rule, path)
         free_variables.numbers_used(value, target.names, 2, numbers)
     for leaf in leaves:
-        if not isinstance(leaf, _PLAIN):
+        if not _is_plain(leaf):
             free_variables.numbers_used(leaf, target.names, 2, numbers)
     for number in numbers:
         # As the key of a set a number must be a constant; as an argument Dynamo may
@@ -350,10 +351,15 @@ def _luggage(entries: Sequence[Any], leaves: Sequence[Any]) -> tuple[Any, Any, A
     holes = [
         (index, _identity(leaf))
         for index, leaf in enumerate(leaves)
-        if not isinstance(leaf, _PLAIN)
+        if not _is_plain(leaf)
     ]
-    given = [leaf if isinstance(leaf, _PLAIN) else 0 for leaf in leaves]
+    given = [leaf if _is_plain(leaf) else 0 for leaf in leaves]
     return skeleton, given, holes
+
+
+def _is_plain(leaf: Any) -> bool:
+    """Whether a value crosses as it is; of an IntEnum only the number would."""
+    return isinstance(leaf, _PLAIN) and not isinstance(leaf, enum.Enum)
 
 
 _PLAIN = (torch.Tensor, bool, int, float, complex, str, torch.dtype, torch.device)

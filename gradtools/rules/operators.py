@@ -10,6 +10,7 @@ still name it.
 
 from __future__ import annotations
 
+import enum
 import re
 import threading
 import weakref
@@ -212,7 +213,7 @@ _names: set[str] = set()
 
 def _free_name(name: str) -> str:
     """Return a name that no operator has yet."""
-    plain = re.sub(r"\W", "_", name) or "external"
+    plain = re.sub(r"\W", "_", name, flags=re.ASCII) or "external"
     plain = f"external{plain}" if plain[0] in "_0123456789" else plain
     found, count = plain, 1
     while found in _names or hasattr(getattr(torch.ops, NAMESPACE), found):
@@ -228,7 +229,8 @@ def _argument_names(paths: Sequence[str]) -> list[str]:
         re.sub(r"\W+", "_", path.removeprefix("args.")).strip("_") for path in paths
     ]
     unique = len(set(plain)) == len(plain) and all(
-        name.isidentifier() and name not in _RESERVED for name in plain
+        name.isascii() and name.isidentifier() and name not in _RESERVED
+        for name in plain
     )
     return plain if unique else [f"a{number}" for number in range(len(plain))]
 
@@ -248,6 +250,8 @@ _TYPES: tuple[tuple[Any, str], ...] = (
 
 def _schema_type(leaf: Any) -> str:
     """Return the type of a value in a schema, nothing where it has none."""
+    if isinstance(leaf, enum.Enum):  # of an IntEnum the number would cross
+        return ""
     return next((name for kind, name in _TYPES if isinstance(leaf, kind)), "")
 
 

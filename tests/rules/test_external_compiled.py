@@ -5,6 +5,7 @@ The rules here are markers: ten times the derivative, which only they can give.
 
 import ctypes
 import ctypes.util
+import enum
 import gc
 import subprocess
 import sys
@@ -175,6 +176,36 @@ def test_methods_and_other_objects():
         assert_close(loss(X), torch.full_like(X, 10 * scale.factor))
         scale.factor += 1
         assert_close(loss(X), torch.full_like(X, 10 * scale.factor))
+
+
+def test_names_that_a_schema_cannot_have():
+    scope = {}
+    exec("def été(x, à): return à * x", scope)
+    kernel = gt.external(scope["été"], out=like)
+    assert_close(compiled(lambda x: kernel(x, 3.0))(X), 3 * X)
+
+
+class Mode(enum.IntEnum):
+    DOUBLE = 1
+    TRIPLE = 2
+
+
+@pytest.mark.parametrize("backend", FAST)
+def test_a_number_with_a_name_keeps_it(backend):
+    def factor_of(mode):
+        return 2 if mode is Mode.DOUBLE else 3 if mode is Mode.TRIPLE else 1000
+
+    times = gt.external(lambda x, mode: x * factor_of(mode), out=like)
+    times.def_bwd(lambda residuals, g: (g * factor_of(residuals[0][1]), None))
+
+    def loss(x, mode):
+        return times(x, mode).sum()
+
+    step, by_func = (compiled(f, backend) for f in (loss, torch.func.grad(loss)))
+    for mode, factor in [(Mode.DOUBLE, 2.0), (Mode.TRIPLE, 3.0)]:
+        x = X.clone().requires_grad_()
+        assert_close(gradients(step(x, mode), x), (X * 0 + factor,))
+        assert_close(by_func(X, mode), X * 0 + factor)
 
 
 def test_kernels_of_one_name_do_not_collide():
