@@ -35,8 +35,9 @@ import torch
 
 from gradtools import torch_compat, trees
 from gradtools.errors import GradtoolsError, TransformError
-from gradtools.lowering import free_variables
 from gradtools.lowering.flat import Plan
+from gradtools.lowering.free_variables import Path, follow
+from gradtools.lowering.reads import numbers_used, reads_of
 from gradtools.lowering.stand_ins import Known, Unknown
 from gradtools.lowering.trace_time import (
     at_trace_time,
@@ -101,7 +102,7 @@ class Crossable(Protocol):
 
     key: str
     rule: Rule
-    reads: Sequence[free_variables.Path]
+    reads: Sequence[Path]
     names: Sequence[str]
     written: Any
 
@@ -318,11 +319,11 @@ def _cross(
     skeleton, given, holes = _luggage(entries, leaves)
     numbers: list[Any] = []
     for path in target.reads:
-        value = free_variables.follow(target.rule, path)
-        free_variables.numbers_used(value, target.names, 2, numbers)
+        value = follow(target.rule, path)
+        numbers_used(value, target.names, 2, numbers)
     for leaf in leaves:
         if not _is_plain(leaf):
-            free_variables.numbers_used(leaf, target.names, 2, numbers)
+            numbers_used(leaf, target.names, 2, numbers)
     for number in numbers:
         # As the key of a set a number must be a constant; as an argument Dynamo may
         # make a symbol of it, and guard on nothing.
@@ -403,19 +404,7 @@ def _prepare(key: str) -> None:
     """Make the crossing, and list anew what the rule's functions read."""
     _make_crossing()
     target = _registry[key]
-    functions = {
-        role: getattr(target.rule, role) for role in ("fun", "fwd", "bwd", "jvp")
-    }
-    target.reads = [
-        (("attribute", role), *path)
-        for role, function in functions.items()
-        for path in free_variables.free_variables(function).values()
-        # Dynamo cannot look into code in C, and it holds no numbers of the user's.
-        if type(free_variables.follow(function, path)) is not types.BuiltinFunctionType
-    ]
-    target.names = sorted(
-        frozenset[str]().union(*map(free_variables.names_used, functions.values()))
-    )
+    target.reads, target.names = reads_of(target.rule, target.reads)
 
 
 def _identity(leaf: Any) -> int:

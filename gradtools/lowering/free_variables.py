@@ -2,7 +2,7 @@
 
 A :data:`Path` leads from a function to one of its free variables, by steps that
 torch.compile can follow as well: ``("cell", 0)``, ``("global", "K")``,
-``("attribute", "__self__")``, ``("item", 1)``.
+``("attribute", "__self__")``, ``("item", 1)``, ``("call", function)``.
 """
 
 from __future__ import annotations
@@ -10,10 +10,8 @@ from __future__ import annotations
 import dis
 import functools
 import types
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
-
-import torch
 
 __all__ = [
     "CALLABLES",
@@ -23,7 +21,6 @@ __all__ = [
     "is_assigned",
     "is_library",
     "names_used",
-    "numbers_used",
 ]
 
 Path = tuple[tuple[str, Any], ...]
@@ -38,6 +35,8 @@ def follow(value: Any, path: Path) -> Any:
             value = value.__globals__[key]
         elif kind == "item":
             value = value[key]
+        elif kind == "call":
+            value = key()
         else:
             value = getattr(value, key)
     return value
@@ -180,23 +179,3 @@ def _globals_in(code: types.CodeType) -> frozenset[str]:
 
 def _names_in(code: types.CodeType) -> frozenset[str]:
     return frozenset(name for inner in _codes(code) for name in inner.co_names)
-
-
-def numbers_used(
-    value: Any, names: Sequence[str], depth: int, found: list[Any]
-) -> None:
-    """Collect the numbers and texts that code using ``names`` reaches from a value."""
-    if isinstance(value, (bool, int, float, complex, str)):
-        found.append(value)
-    elif isinstance(value, torch.Tensor) or depth == 0:
-        return
-    elif isinstance(value, (list, tuple)):
-        for item in value:
-            numbers_used(item, names, depth - 1, found)
-    elif isinstance(value, dict):
-        for item in value.values():
-            numbers_used(item, names, depth - 1, found)
-    else:
-        for name in names:
-            if hasattr(value, name):
-                numbers_used(getattr(value, name), names, depth - 1, found)

@@ -4,7 +4,11 @@ A traced rule would keep the old number without a sign; Dynamo guards on it inst
 """
 
 import dataclasses
+import logging
+import operator
+import random
 
+import numpy as np
 import pytest
 import torch
 
@@ -116,6 +120,31 @@ def in_dictionary():
     return Held(scaled, lambda value: settings.update(factor=value))
 
 
+def in_a_rule_that_bwd_calls():
+    factor = 2.0
+
+    @gt.custom_vjp
+    def inner(x):
+        return factor * x
+
+    inner.def_bwd(lambda residuals, g: (factor * g,))
+
+    @gt.custom_vjp
+    def outer(x):
+        return torch.sin(x)
+
+    @outer.def_bwd
+    def _(residuals, g):
+        ((x,), _) = residuals
+        return 10 * inner(g * torch.cos(x))
+
+    def change(value):
+        nonlocal factor
+        factor = value
+
+    return Held(outer, change)
+
+
 def in_argument():
     @gt.custom_vjp
     def scaled(x, factor):
@@ -141,6 +170,7 @@ PLACES = [
     in_closure,
     in_object,
     in_dictionary,
+    in_a_rule_that_bwd_calls,
     in_argument,
 ]
 
@@ -176,3 +206,64 @@ def test_a_changed_number_is_seen(place, values, derivative):
         for value in values:
             held.change(value)
             torch.testing.assert_close(run(x), 10 * value * torch.cos(x))
+
+
+def test_what_the_rule_and_the_compiled_function_both_name():
+    """One cell for both: Dynamo does not read it as an attribute of the other."""
+    factor = 2.0
+
+    @gt.custom_vjp
+    def scaled(x):
+        return factor * x
+
+    scaled.def_bwd(lambda residuals, g: (5 * scaled(g),))
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def step(x):
+        return torch.func.grad(lambda x: factor * scaled(x).sum())(x)
+
+    with gt.gradcheck_policy("off"):
+        for factor in (2.0, 3.0, 2.5):
+            torch.testing.assert_close(
+                step(torch.ones(2)), 5 * factor**2 * torch.ones(2)
+            )
+
+
+class NotReady:
+    """Like a library that looks its functions up, or a lazy attribute."""
+
+    def __getattr__(self, name):
+        raise RuntimeError(name)
+
+
+CLOSED = {
+    "array": np.ones(2),
+    "number of numpy's": np.float64(2.0),
+    "dtype": np.dtype("f4"),
+    "ufunc": np.sin,
+    "function in C": operator.itemgetter(0),
+    "slice": slice(1, 2),
+    "logger": logging.getLogger("gradtools.tests"),
+    "random numbers": random.Random(0),
+    "raises": NotReady(),
+}
+
+
+@pytest.mark.parametrize("value", CLOSED.values(), ids=CLOSED.keys())
+def test_what_dynamo_cannot_look_into_is_left_alone(value):
+    @gt.custom_vjp
+    def scaled(x):
+        _ = value
+        return 2 * x
+
+    @scaled.def_bwd
+    def _(residuals, g):
+        if value is None:
+            return value.factor
+        return 10 * g
+
+    step = torch.compile(
+        lambda x: by_func_grad(scaled, x), fullgraph=True, backend="aot_eager"
+    )
+    with gt.gradcheck_policy("off"):
+        torch.testing.assert_close(step(torch.ones(2)), 10 * torch.ones(2))
