@@ -245,6 +245,8 @@ _TYPES: tuple[tuple[Any, str], ...] = (
     (str, "str"),
     (torch.dtype, "ScalarType"),
     (torch.device, "Device"),
+    (torch.layout, "Layout"),
+    (torch.memory_format, "MemoryFormat"),
 )
 
 

@@ -294,6 +294,42 @@ def test_strict_export_is_an_error_with_a_name():
         exported(X, W, strict=True)
 
 
+def raises(x):
+    raise KeyError("no such size")
+
+
+@pytest.mark.parametrize("backend", FAST)
+@pytest.mark.parametrize(
+    ("out", "options", "error", "message"),
+    [
+        (like, {"dtypes": torch.float32}, gt.DefinitionError, "does not take this dty"),
+        (lambda x: x.shape, {}, gt.DefinitionError, "out= must return tensors"),
+        (lambda x: x[: int(x[0])], {}, gt.DefinitionError, "out= needs the values"),
+        (raises, {}, gt.TransformError, "cannot trace it: KeyError: 'no such size'"),
+    ],
+)
+def test_what_is_wrong_is_said_under_fullgraph(backend, out, options, error, message):
+    """Dynamo calls all of it an unsupported type of output."""
+    kernel = gt.external(lambda x: 2 * x, out=out, **options)
+    with pytest.raises(error, match=message):
+        compiled(lambda x: kernel(x) + 1, backend)(X)
+
+
+def test_without_fullgraph_a_call_that_cannot_be_traced_is_left_to_python():
+    kernel = gt.external(lambda x: 2 * x[: int(x[3])], out=lambda x: x[: int(x[3])])
+    step = torch.compile(lambda x: kernel(x + 0) + 1, backend="aot_eager")
+    assert_close(step(X), 2 * X[:3] + 1)
+
+
+def test_a_constant_that_cannot_cross():
+    kernel = gt.external(lambda x, dtype: 2 * x, out=like)
+    assert_close(compiled(lambda x: kernel(x, torch.strided))(X), 2 * X)
+    assert_close(compiled(lambda x: kernel(x, torch.contiguous_format))(X), 2 * X)
+    of_numpy = np.dtype("f4")
+    with pytest.raises(gt.TransformError, match="a constant that cannot be handed"):
+        compiled(lambda x: kernel(x, of_numpy))(X)
+
+
 def test_out_that_needs_values():
     @gt.external(out=lambda x: x.new_empty(int(x[0])))
     def counted(x):
