@@ -408,10 +408,12 @@ def _other_side(
     """Call the rule as in eager mode."""
     if attempts.is_due(attempt):
         try:
-            return _other_side(key, skeleton, leaves, holes, moving, attempt)
+            out = _other_side(key, skeleton, leaves, holes, moving, attempt)
+            luggage.refuse_objects(out, _registry[key])
         except Exception as error:
             attempts.fail(error)
             return ()
+        return out
     entries = luggage.unpacked(skeleton, leaves, holes)
     with torch_compat.dual_level_announced(moving):
         return _registry[key].run_entries(entries)

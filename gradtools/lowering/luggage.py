@@ -15,10 +15,10 @@ from typing import Any
 import torch
 
 from gradtools import trees
-from gradtools.errors import TransformError
+from gradtools.errors import TransformError, Violation
 from gradtools.lowering.trace_time import at_trace_time
 
-__all__ = ["is_plain", "packed", "unpacked"]
+__all__ = ["is_plain", "packed", "refuse_objects", "unpacked"]
 
 
 def packed(entries: Sequence[Any], leaves: Sequence[Any]) -> tuple[Any, Any, Any]:
@@ -54,6 +54,26 @@ def unpacked(skeleton: Any, leaves: Sequence[Any], holes: Sequence[Any]) -> Any:
     for index, identity in holes:
         values[index] = _object(identity)
     return trees.unflatten(values, trees.flatten(skeleton)[1])
+
+
+def refuse_objects(out: Any, target: Any) -> None:
+    """Raise for outputs that cannot cross back."""
+    rule = getattr(target, "rule", target)
+    violations = [
+        Violation(path, "a tensor, a number or a text", f"a {type(leaf).__name__}")
+        for path, leaf in zip(
+            trees.paths(out, "output"), trees.flatten(out)[0], strict=True
+        )
+        if not is_plain(leaf)
+    ]
+    if violations:
+        raise TransformError(
+            f"{rule.where.split()[0]}: in a compiled transform a rule returns tensors, "
+            "numbers and texts alone",
+            rule=rule.where,
+            violations=violations,
+            fix="Leave it out of the output, or call the rule outside of a transform.",
+        )
 
 
 def _identity(leaf: Any) -> int:

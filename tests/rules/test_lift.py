@@ -745,3 +745,55 @@ def test_calls_in_threads_agree():
     with ThreadPoolExecutor(4) as pool:
         found = list(pool.map(lambda _: USES["backward"](lifted), range(16)))
     assert_close(found, [USES["backward"](xsinx)] * 16)
+
+
+class Counted(torch.autograd.Function):
+    """Ten times the derivative; an attribute of the name "names", and two outputs."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.names, size = ["x"], 2 * x
+        ctx.mark_non_differentiable(size)
+        ctx.save_for_backward(x)
+        return x * x, size
+
+    @staticmethod
+    def backward(ctx, g, _):
+        (x,) = ctx.saved_tensors
+        return 20 * g * x * len(ctx.names)
+
+    @staticmethod
+    def vmap(info, in_dims, x):
+        return (x * x, 2 * x), (in_dims[0], in_dims[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex128])
+def test_a_vmap_of_the_class_may_return_what_is_not_differentiable(dtype):
+    counted = gt.lift(Counted, contract=gt.Surrogate())
+    x = torch.randn(3, 2, dtype=dtype)
+    assert_close(torch.func.vmap(counted)(x), (x * x, 2 * x))
+
+
+def test_what_is_not_differentiable_and_any_attribute_under_compile():
+    counted = gt.lift(Counted, contract=gt.Surrogate())
+
+    def loss(x):
+        out, size = counted(x)
+        return (out * size).sum()
+
+    def compiled(function):
+        return torch.compile(function, fullgraph=True, backend="aot_eager")
+
+    x = torch.tensor([0.5, 2.0], requires_grad=True)
+    expected = (20 * x * 2 * x).detach()
+    assert_close(compiled(torch.func.grad(loss))(x.detach()), expected)
+    assert_close(torch.autograd.grad(compiled(loss)(x), x)[0], expected)
+
+
+def test_an_output_that_is_no_tensor_is_refused_in_a_compiled_transform():
+    rule = gt.custom_vjp(lambda x: (x * x, None))
+    rule.defvjp(lambda x: ((x * x, None), x), lambda x, g: (2 * x * g[0],))
+    step = torch.func.grad(lambda x: rule(x)[0].sum())
+    assert_close(step(torch.ones(2)), 2 * torch.ones(2))
+    with pytest.raises(gt.TransformError, match="returns tensors, numbers and texts"):
+        torch.compile(step, fullgraph=True, backend="aot_eager")(torch.ones(2))
