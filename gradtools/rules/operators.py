@@ -178,10 +178,22 @@ class Operator:
         """Return the arguments of the kernel, those that are built in as well."""
         rest = iter(args)
         leaves = [
-            self.built_in[place]() if place in self.built_in else next(rest)
+            self.object_at(place) if place in self.built_in else next(rest)
             for place in range(len(self.crossing) + len(self.built_in))
         ]
         return _entries(leaves, self.spec)
+
+    def object_at(self, place: int) -> Any:
+        """Return an object that is built in."""
+        held = self.built_in[place]
+        found = held()
+        if found is None and isinstance(held, weakref.ref):
+            raise TransformError(
+                "an object that a graph hands to an external is no more",
+                rule=self.where,
+                fix="Keep a reference to it while the graph is in use.",
+            )
+        return found
 
     def alive(self, target: Callable[[], Any]) -> Any:
         """Return what a weak reference leads to."""

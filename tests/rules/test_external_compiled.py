@@ -6,6 +6,7 @@ The rules here are markers: ten times the derivative, which only they can give.
 import ctypes
 import ctypes.util
 import enum
+import functools
 import gc
 import subprocess
 import sys
@@ -361,6 +362,23 @@ def test_a_graph_that_has_outlived_its_kernel_says_so():
     if gone() is None:
         with pytest.raises(gt.TransformError, match="an external that a graph calls"):
             module(X)
+
+
+def test_a_graph_that_has_outlived_an_object_says_so():
+    class Options:
+        pass
+
+    kernel = gt.external(lambda x, options: x + 1, out=like)
+    called = Called(None)
+    called.function = functools.partial(kernel, options=Options())
+    gone = weakref.ref(called.function.keywords["options"])
+    module = torch.export.export(called, (X,)).module()
+    assert_close(module(X), X + 1)
+    module.function = called.function = None
+    gc.collect()
+    assert gone() is None
+    with pytest.raises(gt.TransformError, match="an object that a graph hands to an e"):
+        module(X)
 
 
 def test_modes_that_look_on_see_the_operator():
