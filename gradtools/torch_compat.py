@@ -157,11 +157,15 @@ def forward_ad_enabled() -> Generator[None]:
 
 def primal_of(tensor: torch.Tensor) -> torch.Tensor:
     """Strip the tangent of the innermost forward-mode level, and of that one only."""
+    if tensor.layout is not torch.strided:
+        return tensor
     return forward_ad.unpack_dual(tensor, level=0).primal
 
 
 def tangent_of(tensor: torch.Tensor) -> torch.Tensor | None:
     """Return the tangent of the innermost forward-mode level, if there is one."""
+    if tensor.layout is not torch.strided:
+        return None  # a sparse tensor can have none, and must not be asked
     return forward_ad.unpack_dual(tensor, level=0).tangent
 
 

@@ -797,3 +797,58 @@ def test_an_output_that_is_no_tensor_is_refused_in_a_compiled_transform():
     assert_close(step(torch.ones(2)), 2 * torch.ones(2))
     with pytest.raises(gt.TransformError, match="returns tensors, numbers and texts"):
         torch.compile(step, fullgraph=True, backend="aot_eager")(torch.ones(2))
+
+
+class Times(torch.autograd.Function):
+    """A matrix, which may be sparse, times another one; only the latter counts."""
+
+    @staticmethod
+    def forward(ctx, matrix, x):
+        ctx.save_for_backward(matrix)
+        return matrix @ x
+
+    @staticmethod
+    def backward(ctx, g):
+        (matrix,) = ctx.saved_tensors
+        return None, matrix.mT @ g
+
+
+@pytest.mark.filterwarnings("ignore:gradtools did not check")
+def test_a_sparse_argument_stands_still_in_forward_mode():
+    matrix, x, tangent = torch.randn(3, 2, 2)
+    sparse, times = matrix.to_sparse(), gt.lift(Times)
+    moved = torch.func.jvp(lambda x: times(sparse, x), (x,), (tangent,))
+    assert_close(moved, (matrix @ x, matrix @ tangent))
+
+
+class Kept:
+    def __init__(self, tensor):
+        self.tensor = tensor
+
+
+class SquareWithJvp(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.kept = Kept(2 * x)
+        return x * x
+
+    @staticmethod
+    def backward(ctx, g):
+        return g * ctx.kept.tensor
+
+    @staticmethod
+    def jvp(ctx, tangent):
+        return tangent * ctx.kept.tensor
+
+
+def test_an_object_on_ctx_is_read_by_the_jvp_of_the_class():
+    square, x = gt.lift(SquareWithJvp), torch.randn(3, 2)
+
+    def moved(x):
+        return torch.func.jvp(square, (x,), (torch.ones_like(x),))[1]
+
+    assert_close(moved(x), 2 * x)
+    assert_close(torch.func.vmap(moved)(x), 2 * x)
+    assert_close(
+        torch.func.vmap(torch.func.jacfwd(moved))(x), 2 * torch.eye(2).expand(3, 2, 2)
+    )
