@@ -105,6 +105,7 @@ class Crossable(Protocol):
     rule: Rule
     reads: Sequence[Path]
     names: Sequence[str]
+    closed: set[str]
     written: Any
 
     def run_entries(self, entries: Sequence[Any]) -> Any:
@@ -299,8 +300,8 @@ def _cross(
 ) -> Any:
     """Call a rule through a call that Dynamo does not look into."""
     _ = {target.key}  # a constant from here on, see below
-    _prepare(target.key)
     skeleton, given, holes = luggage.packed(entries, leaves)
+    _prepare(target.key, *[identity for _, identity in holes])
     numbers: list[Any] = []
     for path in target.reads:
         value = follow(target.rule, path)
@@ -390,11 +391,22 @@ def _refuse_strict_export(key: str) -> None:
 
 
 @at_trace_time
-def _prepare(key: str) -> None:
-    """Make the crossing, and list anew what the rule's functions read."""
+def _prepare(key: str, *objects: int) -> None:
+    """Make the crossing, and list anew what the rule's functions read.
+
+    Args:
+        key: Of the rule.
+        objects: The identities of arguments that it may look into.
+    """
     _make_crossing()
     target = _registry[key]
-    target.reads, target.names = reads_of(target.rule, target.reads)
+    try:
+        found = [luggage.object_of(identity) for identity in objects]
+    except TransformError as error:
+        raise passing(error) from None
+    target.reads, target.names = reads_of(
+        target.rule, target.reads, found, target.closed
+    )
 
 
 def _other_side(

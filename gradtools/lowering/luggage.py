@@ -18,7 +18,7 @@ from gradtools import trees
 from gradtools.errors import TransformError, Violation
 from gradtools.lowering.trace_time import at_trace_time
 
-__all__ = ["is_plain", "packed", "refuse_objects", "unpacked"]
+__all__ = ["is_plain", "object_of", "packed", "refuse_objects", "unpacked"]
 
 
 def packed(entries: Sequence[Any], leaves: Sequence[Any]) -> tuple[Any, Any, Any]:
@@ -52,7 +52,7 @@ def unpacked(skeleton: Any, leaves: Sequence[Any], holes: Sequence[Any]) -> Any:
     """Undo :func:`packed`."""
     values = list(leaves)
     for index, identity in holes:
-        values[index] = _object(identity)
+        values[index] = object_of(identity)
     return trees.unflatten(values, trees.flatten(skeleton)[1])
 
 
@@ -90,7 +90,7 @@ def _constant_id(leaf: Any) -> int:
     return id(leaf)
 
 
-def _object(identity: int) -> Any:
+def object_of(identity: int) -> Any:
     """Return the object that Dynamo guards on by identity; 0 stands for None."""
     if identity == 0:
         return None

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import random
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -30,13 +30,18 @@ _ROLES = "fun", "fwd", "bwd", "jvp"
 _DEPTH = 2
 
 
-def reads_of(rule: Rule, before: Sequence[Path]) -> tuple[list[Path], list[str]]:
+def reads_of(
+    rule: Rule, before: Sequence[Path], objects: Sequence[Any], closed: set[str]
+) -> tuple[list[Path], list[str]]:
     """Return the paths to what a rule reads, and every name in its code.
 
     Args:
         rule: The rule.
         before: The paths of an earlier trace: what they hold is used again, for Dynamo
             guards on it.
+        objects: Arguments that are looked into as well.
+        closed: Names that lead to arrays, in this trace or an earlier one; they are
+            left out.
     """
     cells = {
         id(step.__closure__[0]): step
@@ -61,12 +66,12 @@ def reads_of(rule: Rule, before: Sequence[Path]) -> tuple[list[Path], list[str]]
                 elif id(inner) not in known:
                     known.add(id(inner))
                     waiting.append(((*path, ("attribute", "rule")), inner))
-    ordered = sorted(names)
-    return [
-        _without_cells(rule, path, cells)
-        for path, value in found
-        if _can_be_followed(value, ordered)
-    ], ordered
+    found = [(path, x) for path, x in found if _can_be_followed(x, sorted(names))]
+    for value in (*objects, *(value for _, value in found)):
+        _is_of_arrays(value, names, _DEPTH, closed)
+    return [_without_cells(rule, path, cells) for path, _ in found], sorted(
+        names - closed
+    )
 
 
 def _rule_of(value: Any) -> Rule | None:
@@ -132,12 +137,37 @@ _CLOSED = (
 """What Dynamo cannot ask for an attribute; none holds a number of the user's."""
 
 
+def _is_of_arrays(
+    value: Any, names: Iterable[str], depth: int, closed: set[str]
+) -> bool:
+    """Whether a value is an array, or a container of some; collect names of such.
+
+    Of an array that is read inside a transform Dynamo makes a guard that never holds.
+    """
+    if isinstance(value, _ARRAYS):
+        return True
+    if depth == 0 or isinstance(value, (*_CLOSED, bool, int, float, complex, str)):
+        return False
+    if isinstance(value, (list, tuple, dict)):
+        below = value.values() if isinstance(value, dict) else value
+        return any(_is_of_arrays(x, names, depth - 1, closed) for x in below)
+    for name in names:
+        if hasattr(value, name) and _is_of_arrays(
+            getattr(value, name), names, depth - 1, closed
+        ):
+            closed.add(name)
+    return False
+
+
+_ARRAYS = np.ndarray, np.generic
+
+
 def _can_be_followed(value: Any, names: Sequence[str]) -> bool:
     """Whether a value can be looked into: some raise when asked for an attribute."""
     if isinstance(value, (*_CLOSED, random.Random)):
         return False
     try:
         numbers_used(value, names, _DEPTH, [])
+        return not _is_of_arrays(value, names, _DEPTH, set())
     except Exception:
         return False
-    return True

@@ -54,6 +54,7 @@ class StatedRule(Generic[P, R]):
         "__weakref__",
         "_checker",
         "_lowered",
+        "closed",
         "key",
         "names",
         "reads",
@@ -70,6 +71,7 @@ class StatedRule(Generic[P, R]):
         self.key = register(self)
         self.reads: Sequence[Any] = ()  # for torch.compile; see lowering.boundary
         self.names: Sequence[str] = ()
+        self.closed: set[str] = set()
         self.written = Written()
         self._checker: Checker | None = None
         self._lowered: Lowered | None = None

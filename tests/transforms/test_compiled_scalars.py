@@ -236,8 +236,15 @@ class NotReady:
         raise RuntimeError(name)
 
 
+class Holding:
+    def __init__(self):
+        self.factor = np.float64(2.0)
+
+
 CLOSED = {
     "array": np.ones(2),
+    "arrays in a list": [np.ones(2)],
+    "array in an object": Holding(),
     "number of numpy's": np.float64(2.0),
     "dtype": np.dtype("f4"),
     "ufunc": np.sin,
@@ -267,3 +274,30 @@ def test_what_dynamo_cannot_look_into_is_left_alone(value):
     )
     with gt.gradcheck_policy("off"):
         torch.testing.assert_close(step(torch.ones(2)), 10 * torch.ones(2))
+
+
+class Table:
+    """An array and a number, which one rule reads."""
+
+    def __init__(self):
+        self.table = np.array([2.0, 3.0])
+        self.factor = 1.0
+
+    @gt.custom_vjp
+    def scaled(self, x):
+        return self.factor * torch.as_tensor(self.table) * x
+
+    @scaled.def_bwd
+    def _(self, residuals, g):
+        return None, 10 * self.factor * torch.as_tensor(self.table) * g
+
+
+def test_a_number_is_seen_beside_an_array():
+    layer, x = Table(), torch.ones(2, dtype=torch.float64)
+    step = torch.compile(
+        lambda x: by_func_grad(layer.scaled, x), fullgraph=True, backend="aot_eager"
+    )
+    with gt.gradcheck_policy("off"):
+        for layer.factor in (1.0, 2.0, 4.0):
+            expected = 10 * layer.factor * torch.from_numpy(layer.table)
+            torch.testing.assert_close(step(x), expected)
