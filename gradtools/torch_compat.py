@@ -12,6 +12,7 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any
 
 import torch
+from torch import _guards
 from torch._C import (
     _autograd,
     _functorch,  # pyright: ignore[reportAttributeAccessIssue]
@@ -30,8 +31,9 @@ __all__ = [
     "attention_by_operators", "autocast_devices", "autocast_enabled",
     "bytes_of_gradients", "call_backward_directly", "clean_autograd", "dispatch_modes",
     "dual_level", "dual_level_announced", "dual_level_holder",
-    "edited_outputs_lose_gradients", "fake_tensors", "forward_ad_active",
-    "forward_ad_enabled", "function_modes", "graph_is_kept", "has_tangent", "hint",
+    "edited_outputs_lose_gradients", "fake_tensors", "forget_unknown_sizes",
+    "forward_ad_active", "forward_ad_enabled", "function_modes", "graph_is_kept",
+    "has_tangent", "hint",
     "innermost_level", "innermost_transform", "is_at_open_level",
     "is_being_differentiated", "is_differentiated", "is_fake", "is_foreign_subclass",
     "is_intercepted", "is_view", "is_view_of", "is_wrapped", "keep",
@@ -157,11 +159,15 @@ def forward_ad_enabled() -> Generator[None]:
 
 def primal_of(tensor: torch.Tensor) -> torch.Tensor:
     """Strip the tangent of the innermost forward-mode level, and of that one only."""
+    if tensor.layout is not torch.strided:
+        return tensor
     return forward_ad.unpack_dual(tensor, level=0).primal
 
 
 def tangent_of(tensor: torch.Tensor) -> torch.Tensor | None:
     """Return the tangent of the innermost forward-mode level, if there is one."""
+    if tensor.layout is not torch.strided:
+        return None  # a sparse tensor can have none, and must not be asked
     return forward_ad.unpack_dual(tensor, level=0).tangent
 
 
@@ -510,6 +516,13 @@ def is_intercepted(tensors: Sequence[torch.Tensor]) -> bool:
 def version_of(tensor: torch.Tensor) -> int:
     """Return how often torch has edited a tensor in place; 0 where nobody counts."""
     return 0 if tensor.is_inference() else tensor._version
+
+
+def forget_unknown_sizes() -> None:
+    """Drop sizes that code has asked for and not returned; Dynamo looks for them."""
+    mode = _guards.detect_fake_mode()
+    if mode is not None and mode.shape_env is not None:
+        mode.shape_env.pending_fresh_unbacked_symbols.clear()
 
 
 def asks_for_values(error: Exception) -> bool:

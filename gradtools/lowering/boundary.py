@@ -22,30 +22,32 @@ that needs it.
 from __future__ import annotations
 
 import contextlib
-import gc
 import itertools
 import sys
-import types
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, ParamSpec, Protocol, TypeVar
 
 import torch
 
-from gradtools import torch_compat, trees
+from gradtools import torch_compat
 from gradtools.errors import GradtoolsError, TransformError
-from gradtools.lowering import free_variables
+from gradtools.lowering import luggage
 from gradtools.lowering.flat import Plan
+from gradtools.lowering.free_variables import follow
 from gradtools.lowering.settings import Cells, Settings, settings_read
 from gradtools.lowering.stand_ins import Known, Unknown
 from gradtools.lowering.trace_time import (
     at_trace_time,
+    attempts,
     autocast_here,
     goes_through_aot,
     is_exporting_here,
     is_moving,
     level_is_outside,
     must_cross,
+    next_attempt,
+    passing,
 )
 from gradtools.lowering.traced import STATE, Traced
 from gradtools.rules.rule import Rule
@@ -225,7 +227,7 @@ def _written() -> str:
     try:
         entries = parameters.bind(args, kwargs)
     except TypeError as error:  # a misspelled keyword, say: Dynamo would not name it
-        raise _passing(error) from None
+        raise passing(error) from None
     if (
         target.written.is_closed
         or target.rule.bwd is None
@@ -281,25 +283,7 @@ def _check(target: Any, entries: Any, wants: Any, known: Known) -> None:
     try:
         target.before_trace(entries, wants, torch_compat.order(known.examples))
     except GradtoolsError as error:
-        raise _passing(error) from None
-
-
-def _passing(error: Exception) -> Exception:
-    """Return an error as one that Dynamo lets through.
-
-    It does that with some of its own; of all others it makes a report of an internal
-    error.
-    """
-    from torch._dynamo.exc import ShortenTraceback
-
-    kind: Any = type(error)
-    both: Any = type(kind.__name__, (kind, ShortenTraceback), {})
-    wrapped = both.__new__(both, *error.args)
-    wrapped.__dict__.update(error.__dict__, **_SHORT)
-    return wrapped
-
-
-_SHORT = {"first_useful_frame": None, "frame_exec_strategy": None}
+        raise passing(error) from None
 
 
 @at_trace_time
@@ -331,15 +315,15 @@ def _cross(
     """Call a rule through a call that Dynamo does not look into."""
     _ = {target.key}  # a constant from here on, see below
     _make_crossing()
-    skeleton, given, holes = _luggage(entries, leaves)
+    skeleton, given, holes = luggage.packed(entries, leaves)
     everything = (target.rule, target.cells, *leaves)
     seen: list[int] = []
     for path, number in _settings(target.key):
         # A number is compared, or Dynamo may make a symbol of it and guard on nothing.
-        found = free_variables.follow(everything, path)
+        found = follow(everything, path)
         seen.append(1 if isinstance(found, (int, float)) and found == number else 0)
     moved = True if moving else False  # noqa: SIM210 (a constant to Dynamo)
-    return _crossing(target.key, skeleton, given, holes, moved)
+    return _crossed(target.key, skeleton, given, holes, moved)
 
 
 def call_kernel(target: Opaque, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -349,26 +333,37 @@ def call_kernel(target: Opaque, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     _ = {target.key}
     _make_crossing()
     _refuse_strict_export(target.key)
-    return _crossing(target.key, *_luggage(entries, leaves), False)
+    return _crossed(target.key, *luggage.packed(entries, leaves), False)
 
 
-def _luggage(entries: Sequence[Any], leaves: Sequence[Any]) -> tuple[Any, Any, Any]:
-    """Return what may cross: numbers in the containers, the leaves, what is missing."""
-    skeleton: Any = tuple(range(len(leaves)))
-    if len(entries) != len(leaves) or any(
-        a is not b for a, b in zip(entries, leaves, strict=True)
-    ):
-        skeleton = trees.unflatten(range(len(leaves)), trees.flatten(tuple(entries))[1])
-    holes = [
-        (index, _identity(leaf))
-        for index, leaf in enumerate(leaves)
-        if not isinstance(leaf, _PLAIN)
-    ]
-    given = [leaf if isinstance(leaf, _PLAIN) else 0 for leaf in leaves]
-    return skeleton, given, holes
+def _crossed(key: str, *luggage: Any) -> Any:
+    """Cross, and say what went wrong: Dynamo would call all of it an odd output."""
+    out = _crossing(key, *luggage, "" + next_attempt())  # "" + : torch guards on none
+    _refuse_failed(key)
+    return out
 
 
-_PLAIN = (torch.Tensor, bool, int, float, complex, str, torch.dtype, torch.device)
+@at_trace_time
+def _refuse_failed(key: str) -> None:
+    """Raise what went wrong on the other side."""
+    error = attempts.taken()
+    if isinstance(error, GradtoolsError):
+        raise passing(error) from error.__cause__
+    if error is not None:
+        raise passing(_untraceable(_registry[key], error)) from error
+
+
+def _untraceable(target: Any, error: Exception) -> TransformError:
+    """Return the error for what is raised by code that Dynamo does not look into."""
+    where = getattr(target, "rule", target).where
+    problem = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+    return TransformError(
+        f"{where.split()[0]}: torch.compile cannot trace it: {problem}",
+        rule=where,
+        fix="In a trace tensors have shapes, dtypes and devices, and no values. Let "
+        "code depend on these alone, or call it outside of what is compiled.",
+    )
+
 
 _crossing: Any = None
 _outside: Any = None
@@ -394,7 +389,7 @@ def _refuse_strict_export(key: str) -> None:
     """Raise where torch.export traces by Dynamo, which cannot write the crossing."""
     if torch.compiler.is_exporting():
         where = _registry[key].where
-        raise _passing(
+        raise passing(
             TransformError(
                 f"{where.split()[0]}: torch.export(strict=True) cannot trace an "
                 "external",
@@ -413,41 +408,30 @@ def _settings(key: str) -> Settings:
             target.rule, target.cells, objects, in_aot=goes_through_aot()
         )
     except GradtoolsError as error:
-        raise _passing(error) from None
-
-
-def _identity(leaf: Any) -> int:
-    if leaf is None:
-        return 0
-    if isinstance(leaf, types.BuiltinFunctionType):
-        return 0 + _constant_id(leaf)
-    return id(leaf)
-
-
-@at_trace_time
-def _constant_id(leaf: Any) -> int:
-    """Return the identity of a function that torch 2.11 will not give us."""
-    return id(leaf)
+        raise passing(error) from None
 
 
 def _other_side(
-    key: str, skeleton: Any, leaves: list[Any], holes: list[Any], moving: bool
+    key: str,
+    skeleton: Any,
+    leaves: list[Any],
+    holes: list[Any],
+    moving: bool,
+    attempt: str,
 ) -> Any:
     """Call the rule as in eager mode."""
-    leaves = list(leaves)
-    for index, identity in holes:
-        leaves[index] = _object(identity)
-    spec = trees.flatten(skeleton)[1]
+    if attempts.is_due(attempt):
+        try:
+            out = _other_side(key, skeleton, leaves, holes, moving, attempt)
+            luggage.refuse_objects(out, _registry[key])
+        except Exception as error:
+            attempts.fail(error)
+            return ()
+        return out
+    entries = luggage.unpacked(skeleton, leaves, holes)
     with torch_compat.dual_level_announced(moving):
-        return _registry[key].run_entries(trees.unflatten(leaves, spec))
+        return _registry[key].run_entries(entries)
 
 
 def _run_entries(target: Crossable, entries: Sequence[Any]) -> Any:
     return target.run_entries(entries)
-
-
-def _object(identity: int) -> Any:
-    """Return the object that Dynamo guards on by identity; 0 stands for None."""
-    if identity == 0:
-        return None
-    return next(thing for thing in gc.get_objects() if id(thing) == identity)

@@ -36,7 +36,9 @@ __all__ = [
 def describe(value: Any) -> str:
     """Say what a value is, for the lines "expected" and "got"."""
     if isinstance(value, torch.Tensor):
-        return str(Meta.of(value))
+        is_usual = value.layout is torch.strided
+        layout = "" if is_usual else f", {str(value.layout).removeprefix('torch.')}"
+        return f"{Meta.of(value)}{layout}"
     if value is None:
         return "None"
     below = trees.children(value)

@@ -56,7 +56,7 @@ class Cells:
     def step_to(self, cell: types.CellType) -> tuple[str, str]:
         """Return the step to the function for a cell, as an attribute of this."""
         for name, read in vars(self).items():
-            if read.__closure__[0] is cell:
+            if any(own is cell for own in read.__closure__ or ()):  # == asks contents
                 return "attribute", name
         held = None
 

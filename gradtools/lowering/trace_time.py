@@ -5,6 +5,8 @@ Nothing here imports ``torch._dynamo`` before there is a trace.
 
 from __future__ import annotations
 
+import itertools
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -15,12 +17,15 @@ from gradtools.lowering.user_code import autocast_state
 
 __all__ = [
     "at_trace_time",
+    "attempts",
     "autocast_here",
     "goes_through_aot",
     "is_exporting_here",
     "is_moving",
     "level_is_outside",
     "must_cross",
+    "next_attempt",
+    "passing",
 ]
 
 
@@ -91,3 +96,68 @@ def is_exporting_here() -> bool:
 def is_moving() -> bool:
     """Whether forward mode is active where the rule is called."""
     return torch_compat.forward_ad_active()
+
+
+# What is to be raised to the user.
+
+
+class _Attempts(threading.local):
+    """What Dynamo tries once, with tensors without values, before it is in a graph.
+
+    Attributes:
+        error: What the try has raised.
+    """
+
+    name: str = ""
+    error: Exception | None = None
+
+    def is_due(self, name: str) -> bool:
+        """Whether this is the try; asked once, the answer is no from then on."""
+        due, self.name = bool(name) and self.name == name, ""
+        return due
+
+    def fail(self, error: Exception) -> None:
+        """Take down what the try has raised."""
+        self.error = error
+        torch_compat.forget_unknown_sizes()
+
+    def taken(self) -> Exception | None:
+        """Return the error, and forget it."""
+        error, self.error = self.error, None
+        return error
+
+
+attempts = _Attempts()
+_numbers = itertools.count(1)
+
+
+@at_trace_time
+def next_attempt() -> str:
+    """Return a name for the try that comes next; none where its failure is no matter.
+
+    Without fullgraph Dynamo leaves the call to Python, which will tell what is wrong.
+    """
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+
+    trace: Any = InstructionTranslator.current_tx().output.root_tx
+    attempts.name = f"attempt {next(_numbers)}" if trace.one_graph else ""
+    attempts.error = None
+    return attempts.name
+
+
+def passing(error: Exception) -> Exception:
+    """Return an error as one that Dynamo lets through.
+
+    It does that with some of its own; of all others it makes a report of an internal
+    error.
+    """
+    from torch._dynamo.exc import ShortenTraceback
+
+    kind: Any = type(error)
+    both: Any = type(kind.__name__, (kind, ShortenTraceback), {})
+    wrapped = both.__new__(both, *error.args)
+    wrapped.__dict__.update(error.__dict__, **_SHORT)
+    return wrapped
+
+
+_SHORT = {"first_useful_frame": None, "frame_exec_strategy": None}

@@ -19,7 +19,7 @@ from gradtools.lowering.boundary import call_kernel, is_tracing, register
 from gradtools.lowering.contract import describe
 from gradtools.rules import arrays
 from gradtools.rules.operators import Operators
-from gradtools.rules.promise import Call, Promise
+from gradtools.rules.promise import CONSTANTS, Call, Promise
 from gradtools.rules.repeated import ASTRAY, repeated
 from gradtools.rules.rule import place
 from gradtools.rules.signature import Meta, Parameters, flatten_entries
@@ -85,6 +85,8 @@ class Kernel:
             self.refuse_wrapped(tensors)
             self.refuse_arguments(leaves, spec)
             return self.operators.call(leaves, spec)
+        if not all(map(_is_strided, tensors)):
+            self.refuse_layout(leaves, spec)
         promise = self.promise(leaves, spec, entries)
         given = [handed(tensor) for tensor in tensors]
         out = self.run(leaves, spec, given, promise)
@@ -173,7 +175,7 @@ class Kernel:
         if found is None:
             found = self.promised(leaves, spec, entries)
             constants = (x for x in leaves if not isinstance(x, torch.Tensor))
-            if all(isinstance(x, _CONSTANTS) for x in constants):  # objects change
+            if all(isinstance(x, CONSTANTS) for x in constants):  # objects change
                 if len(self.promises) >= _MOST_KNOWN:
                     self.promises.clear()
                 self.promises[tuple(key)] = found
@@ -199,7 +201,11 @@ class Kernel:
             error.add_note(f"raised by out= ({place(self.out)}) of {self.where}")
             raise
         leaves = trees.flatten(found)[0]
-        strange = [leaf for leaf in leaves if not isinstance(leaf, torch.Tensor)]
+        strange = [
+            leaf
+            for leaf in leaves
+            if not isinstance(leaf, torch.Tensor) or leaf.layout is not torch.strided
+        ]
         if strange or not leaves:
             got = describe(strange[0]) if strange else "no tensor"
             raise DefinitionError(
@@ -240,6 +246,25 @@ class Kernel:
                 fix="Convert the argument with .to(), or add the dtype to dtypes=.",
             )
 
+    def refuse_layout(self, leaves: Sequence[Any], spec: trees.Spec | None) -> None:
+        """Raise for tensors whose numbers are not in one row in memory."""
+        raise DefinitionError(
+            f"{self.name}: a kernel takes tensors whose numbers stand in a row in "
+            "memory, and this one has another layout",
+            rule=self.where,
+            violations=[
+                Violation(
+                    path,
+                    "strided",
+                    "nested" if leaf.is_nested else str(leaf.layout).split(".")[-1],
+                )
+                for path, leaf in zip(self.paths(leaves, spec), leaves, strict=True)
+                if isinstance(leaf, torch.Tensor) and not _is_strided(leaf)
+            ],
+            fix="Pass its parts (x.indices(), x.values()) as arguments, or "
+            "x.to_dense().",
+        )
+
     def refuse_wrapped(self, tensors: Sequence[torch.Tensor]) -> None:
         """Raise for tensors of a transform: the rule around should have served it."""
         if any(map(torch_compat.is_wrapped, tensors)):
@@ -269,13 +294,12 @@ def handed(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.contiguous()
 
 
+def _is_strided(tensor: torch.Tensor) -> bool:
+    return tensor.layout is torch.strided and not tensor.is_nested
+
+
 def _roughly(leaf: Any) -> Any:
     """Return the kind of an argument, by which values have been looked at."""
     if isinstance(leaf, torch.Tensor):
         return leaf.dtype, leaf.device, leaf.dim()
     return (type(leaf), leaf) if isinstance(leaf, (bool, str)) else type(leaf)
-
-
-_CONSTANTS = (
-    type(None), bool, int, float, complex, str, torch.dtype, torch.device,
-)  # fmt: skip

@@ -47,10 +47,11 @@ class Lifted(CustomVJP[..., Any]):
         """Call the function, as ``function.apply`` would."""
         if not is_tracing():
             args = shared_arguments(args)
-        out = super().__call__(*args, **kwargs)
-        if type(out) is tuple and out and type(out[-1]) is Bits:
-            return out[-1].undone(out[:-1])
-        return out
+        return _shown(super().__call__(*args, **kwargs))
+
+    def run_entries(self, entries: Sequence[Any]) -> Any:
+        """Call the function with arguments that are bound already."""
+        return _shown(super().run_entries(entries))
 
     def _state(self, **parts: Any) -> None:
         """Replace parts of the rule; a jvp that is given is a usual one."""
@@ -75,6 +76,13 @@ class Lifted(CustomVJP[..., Any]):
             if place(function := getattr(self.rule, role)) != place(getattr(made, role))
         }
         return _lifted_again, (self.function, self._options, stated)
+
+
+def _shown(out: Any) -> Any:
+    """Return what forward returned for what the rule did."""
+    if type(out) is tuple and out and type(out[-1]) is Bits:
+        return out[-1].undone(out[:-1])
+    return out
 
 
 def _lifted_again(

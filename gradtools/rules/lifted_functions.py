@@ -220,15 +220,19 @@ def make_jvp(
             tangents = _merged(tangents, nondiff, [None] * len(front))
         flags = [isinstance(tangent, torch.Tensor) for tangent in tangents]
         context = _context(function, _flags(flags, nondiff))
+        sharing: tuple[Any, ...] = ()
+        used: Any = ()
         if has_bwd:  # forward has run, perhaps where torch.func could not follow
-            out, (_, saved, attributes, _, _) = recorded
-            values = bared(tuple(attributes.values()))
-            restored(context, saved, dict(zip(attributes, values, strict=True)))
+            out, (_, saved, attributes, used, _) = recorded
+            sharing = tuple(attributes.values())
+            restored(context, saved, dict(zip(attributes, bared(sharing), strict=True)))
         else:
             out, aliases = run(context, tuple(primals))
             out = Bits.hide(out, context.non_differentiable)
             context.saved_tensors = aliases.undone(context.saved_for_forward)
-        return out, _like_output(out, jvp(context, *tangents))
+        with exchanged(sharing, used):
+            moved = jvp(context, *tangents)
+        return out, _like_output(out, moved)
 
     parameters = [_KIND("given", _KIND.VAR_POSITIONAL)]
     return _named(push, parts, jvp, inspect.Signature(parameters))

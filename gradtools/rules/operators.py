@@ -10,6 +10,7 @@ still name it.
 
 from __future__ import annotations
 
+import enum
 import re
 import threading
 import weakref
@@ -177,10 +178,22 @@ class Operator:
         """Return the arguments of the kernel, those that are built in as well."""
         rest = iter(args)
         leaves = [
-            self.built_in[place]() if place in self.built_in else next(rest)
+            self.object_at(place) if place in self.built_in else next(rest)
             for place in range(len(self.crossing) + len(self.built_in))
         ]
         return _entries(leaves, self.spec)
+
+    def object_at(self, place: int) -> Any:
+        """Return an object that is built in."""
+        held = self.built_in[place]
+        found = held()
+        if found is None and isinstance(held, weakref.ref):
+            raise TransformError(
+                "an object that a graph hands to an external is no more",
+                rule=self.where,
+                fix="Keep a reference to it while the graph is in use.",
+            )
+        return found
 
     def alive(self, target: Callable[[], Any]) -> Any:
         """Return what a weak reference leads to."""
@@ -212,7 +225,7 @@ _names: set[str] = set()
 
 def _free_name(name: str) -> str:
     """Return a name that no operator has yet."""
-    plain = re.sub(r"\W", "_", name) or "external"
+    plain = re.sub(r"\W", "_", name, flags=re.ASCII) or "external"
     plain = f"external{plain}" if plain[0] in "_0123456789" else plain
     found, count = plain, 1
     while found in _names or hasattr(getattr(torch.ops, NAMESPACE), found):
@@ -228,7 +241,8 @@ def _argument_names(paths: Sequence[str]) -> list[str]:
         re.sub(r"\W+", "_", path.removeprefix("args.")).strip("_") for path in paths
     ]
     unique = len(set(plain)) == len(plain) and all(
-        name.isidentifier() and name not in _RESERVED for name in plain
+        name.isascii() and name.isidentifier() and name not in _RESERVED
+        for name in plain
     )
     return plain if unique else [f"a{number}" for number in range(len(plain))]
 
@@ -243,11 +257,15 @@ _TYPES: tuple[tuple[Any, str], ...] = (
     (str, "str"),
     (torch.dtype, "ScalarType"),
     (torch.device, "Device"),
+    (torch.layout, "Layout"),
+    (torch.memory_format, "MemoryFormat"),
 )
 
 
 def _schema_type(leaf: Any) -> str:
     """Return the type of a value in a schema, nothing where it has none."""
+    if isinstance(leaf, enum.Enum):  # of an IntEnum the number would cross
+        return ""
     return next((name for kind, name in _TYPES if isinstance(leaf, kind)), "")
 
 

@@ -1,8 +1,9 @@
 """What a kernel promises, and one call of it, in which that is verified.
 
 On every call, in a few microseconds: structure, shapes, dtypes and devices are those
-that ``out=`` says; an output shares no memory with an argument or another output; no
-argument has a new version, which is how torch's own edits show.
+that ``out=`` says; an output shares no memory with an argument, with another output or
+with one of the call before that is still in use; no argument has a new version, which
+is how torch's own edits show.
 
 On the first call with a kind of arguments, and on every one under
 ``gradcheck_policy("always")``: no argument has new values, whoever edited it; no output
@@ -13,7 +14,8 @@ everything once.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import weakref
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -24,9 +26,14 @@ from gradtools.lowering.contract import describe
 from gradtools.probing import is_checking
 from gradtools.rules import arrays
 from gradtools.rules.rule import place
-from gradtools.rules.signature import Meta
+from gradtools.rules.signature import Meta, is_differentiable
 
-__all__ = ["Call", "Promise"]
+__all__ = ["CONSTANTS", "Call", "Promise"]
+
+CONSTANTS = (
+    type(None), bool, int, float, complex, str, torch.dtype, torch.device,
+)  # fmt: skip
+"""What has the same value whenever it is looked at."""
 
 
 @dataclasses.dataclass
@@ -38,12 +45,15 @@ class Promise:
         metas: The tensors.
         kind: What the arguments are, without their shapes.
         is_verified: Values have been looked at.
+        last: Of each output of the call before: where its memory began, how many bytes
+            it had, and its storage while that is in use.
     """
 
     spec: trees.Spec | None
     metas: tuple[Meta, ...]
     kind: Any
     is_verified: bool
+    last: Sequence[tuple[int, int, Callable[[], Any]]] = ()
 
 
 class Call:
@@ -112,11 +122,12 @@ class Call:
                 and value.shape == shape
                 and value.dtype is dtype
                 and value.device == device
+                and value.layout is torch.strided
             ):
                 self.refuse_output(flat)
-            if value.requires_grad:
-                self.refuse_captured()
         self.verify_memory(flat)
+        if any(value.requires_grad for value in flat):
+            self.refuse_captured()
         for tensor, version in zip(self.given, self.versions, strict=True):
             if torch_compat.version_of(tensor) != version:
                 self.refuse_edits()
@@ -133,7 +144,14 @@ class Call:
             for begin, length in spans:
                 if begin < low + size and low < begin + length:
                     self.refuse_shared()
+            for begin, length, held in self.promise.last:
+                if begin < low + size and low < begin + length and _is_in_use(held):
+                    self.refuse_reused()
             spans.append(span)
+        self.promise.last = [
+            (*span, weakref.ref(out.untyped_storage()))
+            for out, span in zip(outs, spans[len(self.given) :], strict=True)
+        ]
 
     def verify_values(self, flat: Sequence[torch.Tensor]) -> None:
         """Raise for edits that torch does not know of, and for NaN out of nowhere."""
@@ -141,7 +159,7 @@ class Call:
             self.refuse_edits()
         if self.kernel.allow_nan or is_checking():
             return
-        bad = [out for out in flat if bool(torch.isnan(out).any())]
+        bad = [x for x in flat if is_differentiable(x) and bool(torch.isnan(x).any())]
         if bad and all(bool(torch.isfinite(tensor).all()) for tensor in self.given):
             count = sum(int(torch.isnan(out).sum()) for out in bad)
             raise ForwardContractError(
@@ -207,6 +225,15 @@ class Call:
             fix="Return a copy (.clone(), .copy()), or write into a new tensor.",
         )
 
+    def refuse_reused(self) -> NoReturn:
+        """Raise for an output that takes the place of an earlier one."""
+        raise ForwardContractError(
+            f"{self.kernel.name}: the kernel returned memory that it has returned "
+            "before, and the earlier output is still in use: it has other values now",
+            rule=self.kernel.where,
+            fix="Return a copy (.clone(), .copy()), or make a new tensor on each call.",
+        )
+
     def refuse_edits(self) -> NoReturn:
         """Put edited arguments back as they were, where copies exist, and raise."""
         kernel, paths = self.kernel, self.kernel.paths(self.leaves, self.spec)
@@ -243,8 +270,16 @@ def _span(tensor: torch.Tensor) -> tuple[int, int]:
     return storage.data_ptr(), storage.nbytes()
 
 
+def _is_in_use(held: Callable[[], Any]) -> bool:
+    """Whether a storage is, and holds memory: resize_(0) gives it back."""
+    storage = held()
+    return storage is not None and storage.nbytes() > 0
+
+
 def _same(first: torch.Tensor, second: torch.Tensor) -> bool:
     """Whether two tensors are equal, NaN being equal to itself."""
+    if first.dtype is torch.complex32:  # which torch.equal does not know
+        first, second = torch.view_as_real(first), torch.view_as_real(second)
     if torch.equal(first, second):
         return True
     both_nan = torch.isnan(first) & torch.isnan(second)

@@ -82,19 +82,19 @@ class TracedContext(Context):
     """A context for Dynamo, which in torch 2.11 cannot list what an object holds.
 
     Attributes:
-        names: Of what the class has put on it.
+        given_names: Of what the class has put on it.
     """
 
-    __slots__ = ("names",)
+    __slots__ = ("given_names",)
 
     def __init__(self, function: Any, needs_input_grad: tuple[bool, ...]) -> None:
-        object.__setattr__(self, "names", [])
+        object.__setattr__(self, "given_names", [])
         super().__init__(function, needs_input_grad)
 
     def __setattr__(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)
-        if name not in Context.__slots__ and name not in self.names:
-            self.names.append(name)
+        if name not in Context.__slots__ and name not in self.given_names:
+            self.given_names.append(name)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,7 +172,7 @@ def kept(
     """
     for_jvp = tuple(context.saved_for_forward) if moving else ()
     attributes = (
-        {k: getattr(context, k) for k in context.names if hasattr(context, k)}
+        {k: getattr(context, k) for k in context.given_names if hasattr(context, k)}
         if isinstance(context, TracedContext)
         else dict(vars(context))
     )

@@ -155,6 +155,37 @@ def test_a_repeated_call_notices_what_is_different():
     assert_close(rows(x, True), x[:, None] + 1)  # 1 and True are not the same
 
 
+def test_a_repeated_call_with_an_array_or_an_object_that_changes():
+    class Size:
+        number = 2
+
+    scaled = gt.external(lambda x, by: x * float(by.sum()), out=like)
+    by = np.array([1.0, 2.0])
+    for factor in (3.0, 3.0, 7.0):
+        by[1] = factor - 1
+        assert_close(scaled(X, by), factor * X)
+
+    def start(x, size):
+        return x.reshape(-1)[: size.number].clone()
+
+    cut = gt.external(start, out=lambda x, size: x.new_empty(size.number))
+    size = Size()
+    for size.number in (2, 2, 3, 1):
+        assert_close(cut(X, size), X.reshape(-1)[: size.number])
+
+
+def test_a_kernel_lets_go_of_its_arguments():
+    twice = gt.external(lambda x: 2 * x, out=like)
+    twice.def_bwd(lambda residuals, g: (2 * g,))
+    for leaf in (torch.ones(5), torch.ones(5, requires_grad=True)):
+        x = leaf * 1
+        twice(x), twice(x)
+        gone = weakref.ref(x)
+        del x
+        gc.collect()  # the check leaves cycles behind
+        assert gone() is None
+
+
 def test_a_builtin_without_a_signature_may_be_the_kernel():
     assert_close(gt.external(torch.sin, out=like)(X), X.sin())
     assert_close(gt.external(torch.ops.aten.cos, out=like)(X), X.cos())

@@ -5,6 +5,8 @@ The rules here are markers: ten times the derivative, which only they can give.
 
 import ctypes
 import ctypes.util
+import enum
+import functools
 import gc
 import subprocess
 import sys
@@ -177,6 +179,36 @@ def test_methods_and_other_objects():
         assert_close(loss(X), torch.full_like(X, 10 * scale.factor))
 
 
+def test_names_that_a_schema_cannot_have():
+    scope = {}
+    exec("def été(x, à): return à * x", scope)
+    kernel = gt.external(scope["été"], out=like)
+    assert_close(compiled(lambda x: kernel(x, 3.0))(X), 3 * X)
+
+
+class Mode(enum.IntEnum):
+    DOUBLE = 1
+    TRIPLE = 2
+
+
+@pytest.mark.parametrize("backend", FAST)
+def test_a_number_with_a_name_keeps_it(backend):
+    def factor_of(mode):
+        return 2 if mode is Mode.DOUBLE else 3 if mode is Mode.TRIPLE else 1000
+
+    times = gt.external(lambda x, mode: x * factor_of(mode), out=like)
+    times.def_bwd(lambda residuals, g: (g * factor_of(residuals[0][1]), None))
+
+    def loss(x, mode):
+        return times(x, mode).sum()
+
+    step, by_func = (compiled(f, backend) for f in (loss, torch.func.grad(loss)))
+    for mode, factor in [(Mode.DOUBLE, 2.0), (Mode.TRIPLE, 3.0)]:
+        x = X.clone().requires_grad_()
+        assert_close(gradients(step(x, mode), x), (X * 0 + factor,))
+        assert_close(by_func(X, mode), X * 0 + factor)
+
+
 def test_kernels_of_one_name_do_not_collide():
     def made(factor):
         kernel = gt.external(lambda x: factor * x, out=like)
@@ -263,6 +295,42 @@ def test_strict_export_is_an_error_with_a_name():
         exported(X, W, strict=True)
 
 
+def raises(x):
+    raise KeyError("no such size")
+
+
+@pytest.mark.parametrize("backend", FAST)
+@pytest.mark.parametrize(
+    ("out", "options", "error", "message"),
+    [
+        (like, {"dtypes": torch.float32}, gt.DefinitionError, "does not take this dty"),
+        (lambda x: x.shape, {}, gt.DefinitionError, "out= must return tensors"),
+        (lambda x: x[: int(x[0])], {}, gt.DefinitionError, "out= needs the values"),
+        (raises, {}, gt.TransformError, "cannot trace it: KeyError: 'no such size'"),
+    ],
+)
+def test_what_is_wrong_is_said_under_fullgraph(backend, out, options, error, message):
+    """Dynamo calls all of it an unsupported type of output."""
+    kernel = gt.external(lambda x: 2 * x, out=out, **options)
+    with pytest.raises(error, match=message):
+        compiled(lambda x: kernel(x) + 1, backend)(X)
+
+
+def test_without_fullgraph_a_call_that_cannot_be_traced_is_left_to_python():
+    kernel = gt.external(lambda x: 2 * x[: int(x[3])], out=lambda x: x[: int(x[3])])
+    step = torch.compile(lambda x: kernel(x + 0) + 1, backend="aot_eager")
+    assert_close(step(X), 2 * X[:3] + 1)
+
+
+def test_a_constant_that_cannot_cross():
+    kernel = gt.external(lambda x, dtype: 2 * x, out=like)
+    assert_close(compiled(lambda x: kernel(x, torch.strided))(X), 2 * X)
+    assert_close(compiled(lambda x: kernel(x, torch.contiguous_format))(X), 2 * X)
+    of_numpy = np.dtype("f4")
+    with pytest.raises(gt.TransformError, match="a constant that cannot be handed"):
+        compiled(lambda x: kernel(x, of_numpy))(X)
+
+
 def test_out_that_needs_values():
     @gt.external(out=lambda x: x.new_empty(int(x[0])))
     def counted(x):
@@ -294,6 +362,23 @@ def test_a_graph_that_has_outlived_its_kernel_says_so():
     if gone() is None:
         with pytest.raises(gt.TransformError, match="an external that a graph calls"):
             module(X)
+
+
+def test_a_graph_that_has_outlived_an_object_says_so():
+    class Options:
+        pass
+
+    kernel = gt.external(lambda x, options: x + 1, out=like)
+    called = Called(None)
+    called.function = functools.partial(kernel, options=Options())
+    gone = weakref.ref(called.function.keywords["options"])
+    module = torch.export.export(called, (X,)).module()
+    assert_close(module(X), X + 1)
+    module.function = called.function = None
+    gc.collect()
+    assert gone() is None
+    with pytest.raises(gt.TransformError, match="an object that a graph hands to an e"):
+        module(X)
 
 
 def test_modes_that_look_on_see_the_operator():

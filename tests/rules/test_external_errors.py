@@ -144,6 +144,67 @@ def test_one_memory_for_two_outputs():
         broken(twice, out=lambda x: (x, x))(X)
 
 
+def into_a_tensor():
+    buffer = torch.empty(3, dtype=torch.float64)
+    return broken(lambda x: torch.exp(x, out=buffer))
+
+
+def into_an_array():
+    buffer = np.empty(3)
+    return broken(lambda x: np.exp(x, out=buffer), numpy=True)
+
+
+REUSED = "broken: the kernel returned memory that it has returned before"
+
+
+@pytest.mark.parametrize("make", [into_a_tensor, into_an_array])
+@pytest.mark.parametrize("policy", ["first", "off"])
+def test_an_output_that_the_next_call_overwrites(make, policy):
+    """Both results, or what bwd keeps of the first, would be those of the second."""
+    with gt.gradcheck_policy(policy):
+        kernel = make()
+        first = kernel(X)
+        with pytest.raises(gt.ForwardContractError, match=REUSED) as error:
+            kernel(2 * X)
+        assert "(.clone(), .copy())" in error.value.fix
+        del first
+        with pytest.raises(gt.ForwardContractError, match=REUSED):
+            torch.func.vmap(make())(torch.stack([X, 2 * X]))
+        kernel = make()
+        kernel.def_bwd(lambda residuals, g: (g * residuals[1],))
+        with pytest.raises(gt.ForwardContractError, match=REUSED):
+            [kernel(x.requires_grad_()).sum() for x in (X.clone(), 2 * X)]
+
+
+def test_an_output_that_comes_to_be_reused_later():
+    buffers = [torch.empty(3, dtype=torch.float64) for _ in range(4)]
+    kernel = broken(lambda x: torch.exp(x, out=buffers.pop()))
+    buffers[:0] = [buffers[0]]
+    kept = [kernel(X) for _ in range(4)]
+    with pytest.raises(gt.ForwardContractError, match=REUSED):
+        kernel(X)
+    assert_close(kept[0], X.exp())
+
+
+def test_memory_that_nobody_uses_any_more_may_come_again():
+    buffer = np.empty(3)
+    array = broken(lambda x: np.exp(x, out=buffer), numpy=True)
+    tensor = broken(torch.exp)  # torch hands out the same place again
+    for kernel in (array, tensor):
+        for factor in (1.0, 2.0, 3.0, 4.0):
+            assert_close(kernel(factor * X), (factor * X).exp())
+
+
+def test_differences_of_a_kernel_that_overwrites_its_output():
+    buffer = np.empty(3)
+    with gt.gradcheck_policy("off"):
+        kernel = broken(
+            lambda x: np.exp(x, out=buffer), numpy=True, gradient="finite-differences"
+        )
+        with pytest.raises(gt.ForwardContractError, match=REUSED):
+            kernel(X.clone().requires_grad_()).sum().backward()
+
+
 def test_an_alias_that_comes_later_is_caught_then():
     returned = [lambda x: x + 1]
     kernel = broken(lambda x: returned[0](x))  # noqa: PLW0108 (anew)
@@ -309,6 +370,33 @@ def test_dtypes_that_are_not_taken():
     assert violation.where == "args.x"
     assert violation.expected == "float32 or bfloat16"
     assert "float64" in violation.got
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR", "ignore:The PyTorch API of nested")
+@pytest.mark.parametrize("layout", ["sparse_coo", "sparse_csr", "nested"])
+def test_a_layout_that_has_no_row_of_numbers(layout):
+    kernel = broken(lambda x, y: x + 1)
+    if layout != "nested":  # it has no shape either
+        kernel(X.diag(), X)
+    sparse = {
+        "sparse_coo": lambda: X.diag().to_sparse(),
+        "sparse_csr": lambda: X.diag().to_sparse_csr(),
+        "nested": lambda: torch._nested_tensor_from_tensor_list([X, X[:2]]),
+    }[layout]()
+    with pytest.raises(gt.DefinitionError) as error:
+        kernel(sparse, X)
+    assert "broken: a kernel takes tensors whose numbers stand in a row" in text(error)
+    (violation,) = error.value.violations
+    assert violation == gt.errors.Violation("args.x", "strided", layout)
+    assert "x.to_dense()" in error.value.fix
+
+
+def test_an_output_of_another_layout():
+    with pytest.raises(gt.ForwardContractError) as error:
+        broken(lambda x: x.to_sparse())(X)
+    assert error.value.violations[0].got.endswith("float64, cpu, sparse_coo")
+    with pytest.raises(gt.DefinitionError, match="broken: out= must return tensors"):
+        broken(lambda x: x.clone(), out=lambda x: x.to_sparse())(X)
 
 
 def test_arrays_of_a_dtype_that_numpy_has_not():

@@ -745,3 +745,110 @@ def test_calls_in_threads_agree():
     with ThreadPoolExecutor(4) as pool:
         found = list(pool.map(lambda _: USES["backward"](lifted), range(16)))
     assert_close(found, [USES["backward"](xsinx)] * 16)
+
+
+class Counted(torch.autograd.Function):
+    """Ten times the derivative; an attribute of the name "names", and two outputs."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.names, size = ["x"], 2 * x
+        ctx.mark_non_differentiable(size)
+        ctx.save_for_backward(x)
+        return x * x, size
+
+    @staticmethod
+    def backward(ctx, g, _):
+        (x,) = ctx.saved_tensors
+        return 20 * g * x * len(ctx.names)
+
+    @staticmethod
+    def vmap(info, in_dims, x):
+        return (x * x, 2 * x), (in_dims[0], in_dims[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex128])
+def test_a_vmap_of_the_class_may_return_what_is_not_differentiable(dtype):
+    counted = gt.lift(Counted, contract=gt.Surrogate())
+    x = torch.randn(3, 2, dtype=dtype)
+    assert_close(torch.func.vmap(counted)(x), (x * x, 2 * x))
+
+
+def test_what_is_not_differentiable_and_any_attribute_under_compile():
+    counted = gt.lift(Counted, contract=gt.Surrogate())
+
+    def loss(x):
+        out, size = counted(x)
+        return (out * size).sum()
+
+    def compiled(function):
+        return torch.compile(function, fullgraph=True, backend="aot_eager")
+
+    x = torch.tensor([0.5, 2.0], requires_grad=True)
+    expected = (20 * x * 2 * x).detach()
+    assert_close(compiled(torch.func.grad(loss))(x.detach()), expected)
+    assert_close(torch.autograd.grad(compiled(loss)(x), x)[0], expected)
+
+
+def test_an_output_that_is_no_tensor_is_refused_in_a_compiled_transform():
+    rule = gt.custom_vjp(lambda x: (x * x, None))
+    rule.defvjp(lambda x: ((x * x, None), x), lambda x, g: (2 * x * g[0],))
+    step = torch.func.grad(lambda x: rule(x)[0].sum())
+    assert_close(step(torch.ones(2)), 2 * torch.ones(2))
+    with pytest.raises(gt.TransformError, match="returns tensors, numbers and texts"):
+        torch.compile(step, fullgraph=True, backend="aot_eager")(torch.ones(2))
+
+
+class Times(torch.autograd.Function):
+    """A matrix, which may be sparse, times another one; only the latter counts."""
+
+    @staticmethod
+    def forward(ctx, matrix, x):
+        ctx.save_for_backward(matrix)
+        return matrix @ x
+
+    @staticmethod
+    def backward(ctx, g):
+        (matrix,) = ctx.saved_tensors
+        return None, matrix.mT @ g
+
+
+@pytest.mark.filterwarnings("ignore:gradtools did not check")
+def test_a_sparse_argument_stands_still_in_forward_mode():
+    matrix, x, tangent = torch.randn(3, 2, 2)
+    sparse, times = matrix.to_sparse(), gt.lift(Times)
+    moved = torch.func.jvp(lambda x: times(sparse, x), (x,), (tangent,))
+    assert_close(moved, (matrix @ x, matrix @ tangent))
+
+
+class Kept:
+    def __init__(self, tensor):
+        self.tensor = tensor
+
+
+class SquareWithJvp(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.kept = Kept(2 * x)
+        return x * x
+
+    @staticmethod
+    def backward(ctx, g):
+        return g * ctx.kept.tensor
+
+    @staticmethod
+    def jvp(ctx, tangent):
+        return tangent * ctx.kept.tensor
+
+
+def test_an_object_on_ctx_is_read_by_the_jvp_of_the_class():
+    square, x = gt.lift(SquareWithJvp), torch.randn(3, 2)
+
+    def moved(x):
+        return torch.func.jvp(square, (x,), (torch.ones_like(x),))[1]
+
+    assert_close(moved(x), 2 * x)
+    assert_close(torch.func.vmap(moved)(x), 2 * x)
+    assert_close(
+        torch.func.vmap(torch.func.jacfwd(moved))(x), 2 * torch.eye(2).expand(3, 2, 2)
+    )

@@ -4,8 +4,17 @@ A traced rule would keep the old number without a sign; Dynamo guards on it inst
 """
 
 import collections
+import contextvars
 import dataclasses
+import datetime
+import itertools
+import logging
 import math
+import operator
+import pathlib
+import random
+import sys
+import threading
 import types
 
 import numpy as np
@@ -118,6 +127,31 @@ def in_dictionary():
         return g * 10 * settings["factor"] * torch.cos(x)
 
     return Held(scaled, lambda value: settings.update(factor=value))
+
+
+def in_a_rule_that_bwd_calls():
+    factor = 2.0
+
+    @gt.custom_vjp
+    def inner(x):
+        return factor * x
+
+    inner.def_bwd(lambda residuals, g: (factor * g,))
+
+    @gt.custom_vjp
+    def outer(x):
+        return torch.sin(x)
+
+    @outer.def_bwd
+    def _(residuals, g):
+        ((x,), _) = residuals
+        return 10 * inner(g * torch.cos(x))
+
+    def change(value):
+        nonlocal factor
+        factor = value
+
+    return Held(outer, change)
 
 
 def in_argument():
@@ -304,6 +338,7 @@ PLACES = [
     in_closure,
     in_object,
     in_dictionary,
+    in_a_rule_that_bwd_calls,
     in_argument,
 ]
 
@@ -388,3 +423,69 @@ def test_a_number_of_a_function_class_is_an_error():
         pytest.raises(gt.TransformError, match=r"Doubled\.factor"),
     ):
         step(torch.randn(3))
+
+
+def test_what_the_rule_and_the_compiled_function_both_name():
+    """One cell for both: Dynamo does not read it as an attribute of the other."""
+    factor = 2.0
+
+    @gt.custom_vjp
+    def scaled(x):
+        return factor * x
+
+    scaled.def_bwd(lambda residuals, g: (5 * scaled(g),))
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def step(x):
+        return torch.func.grad(lambda x: factor * scaled(x).sum())(x)
+
+    with gt.gradcheck_policy("off"):
+        for factor in (2.0, 3.0, 2.5):
+            torch.testing.assert_close(
+                step(torch.ones(2)), 5 * factor**2 * torch.ones(2)
+            )
+
+
+class NotReady:
+    """Like a library that looks its functions up, or a lazy attribute."""
+
+    def __getattr__(self, name):
+        raise RuntimeError(name)
+
+
+CLOSED = {
+    "dtype": np.dtype("f4"),
+    "ufunc": np.sin,
+    "function in C": operator.itemgetter(0),
+    "slice": slice(1, 2),
+    "logger": logging.getLogger("gradtools.tests"),
+    "random numbers": random.Random(0),
+    "raises": NotReady(),
+    "lock": threading.Lock(),
+    "lock, reentrant": threading.RLock(),
+    "date": datetime.date(2026, 1, 1),
+    "path": pathlib.Path(),
+    "counter": itertools.count(),
+    "file": sys.stderr,
+    "context": contextvars.ContextVar("context"),
+}
+
+
+@pytest.mark.parametrize("value", CLOSED.values(), ids=CLOSED.keys())
+def test_what_dynamo_cannot_look_into_is_left_alone(value):
+    @gt.custom_vjp
+    def scaled(x):
+        _ = value
+        return 2 * x
+
+    @scaled.def_bwd
+    def _(residuals, g):
+        if value is None:
+            return value.factor
+        return 10 * g
+
+    step = torch.compile(
+        lambda x: by_func_grad(scaled, x), fullgraph=True, backend="aot_eager"
+    )
+    with gt.gradcheck_policy("off"):
+        torch.testing.assert_close(step(torch.ones(2)), 10 * torch.ones(2))
