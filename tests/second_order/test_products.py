@@ -411,3 +411,11 @@ def test_a_rule_is_pulled_back_after_its_transform_in_vmap(inner, outer, uncheck
     f = lambda x: square(x).sum()
     found = torch.func.vmap(outer(lambda x: inner(f)(x).sum()))(x)
     assert_close(found, 3 * x**2)
+
+
+def test_forward_over_reverse_in_a_compiled_function():
+    product = lambda x, v: gt.hvp(
+        lambda x: (x**4).sum(), (x,), (v,), mode="forward-over-reverse"
+    )
+    compiled = torch.compile(product, fullgraph=True, backend="aot_eager")
+    assert_close(compiled(X, X), (12 * X**3,))

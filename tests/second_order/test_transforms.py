@@ -246,3 +246,10 @@ def test_threads_call_one_module_with_parameters_of_their_own():
     finally:
         sys.setswitchinterval(before)
     assert not wrong
+
+
+@pytest.mark.parametrize("name", ["hessian", "jacrev", "jacfwd"])
+def test_matrices_in_a_compiled_function(name):
+    matrix = getattr(gt, name)(lambda x: f(x, W))
+    compiled = torch.compile(matrix, fullgraph=True, backend="aot_eager")
+    assert_close(compiled(X), matrix(X))
