@@ -157,7 +157,9 @@ class Composable(Function):
     @staticmethod
     def pulled_back(ctx: Any, needs: Sequence[bool], cotangents: Sequence[Any]) -> Any:
         """Return the cotangents of the leaves."""
-        plan, layout, kept = ctx.plan, ctx.layout, ctx.saved_tensors
+        plan, layout = ctx.plan, ctx.layout
+        # What pulls back may be called when the transform is over, and a vmap runs.
+        kept = tuple(map(_alive, ctx.saved_tensors))
         given = layout.only_floating(cotangents)
         extra = cotangents[layout.outputs.count : -1]
         refused = preconditions.refusal(plan) is not None

@@ -120,7 +120,12 @@ def _tensors(tree: Any) -> Iterator[torch.Tensor]:
 def _captured_by(fn: Callable[..., Any], args: tuple[Any, ...]) -> list[torch.Tensor]:
     with probing(), _Collect(list(_tensors(args))) as collected:
         fn(*args)
-    return list(collected.found.values())
+    # What a transform within fn has made of its own is none of what it captures.
+    return [
+        tensor
+        for tensor in collected.found.values()
+        if torch_compat.is_at_open_level(tensor)
+    ]
 
 
 def _refuse_remaining(

@@ -32,7 +32,8 @@ def hvp_fn(
         f: From tensors in pytrees to a real scalar.
         *primals: Its arguments.
         argnums: Which of them count, as in :func:`hvp`.
-        has_aux: Whether f returns a pair ``(value, aux)``.
+        has_aux: Whether f returns a pair ``(value, aux)``; with batches aux is left
+            out.
         batches: Data that the function is summed over: ``f(*primals, batch)`` for each
             of them. Nothing is kept between products then; each goes through all
             batches again, so they must be a list or a loader, not an iterator.
@@ -87,7 +88,7 @@ def ggnvp_fn(
             ``loss(f(*primals, batch), batch)``.
         *primals: The arguments of f.
         argnums: Which of them count, as in :func:`hvp`.
-        has_aux: Whether f returns a pair ``(output, aux)``.
+        has_aux: Whether f returns a pair ``(output, aux)``, as in :func:`hvp_fn`.
         batches: Data that the loss is summed over, as in :func:`hvp_fn`.
         group: A process group, as in :func:`hvp_fn`.
         progress: Whether to show a bar while the batches go by (needs rich).

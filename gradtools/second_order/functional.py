@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import threading
+import weakref
 from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
@@ -11,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from gradtools import torch_compat
 from gradtools.errors import DefinitionError
+from gradtools.lowering.boundary import is_tracing
 
 __all__ = ["functional"]
 
@@ -62,6 +66,8 @@ def functional(
             "{name: p.full_tensor() for name, p in module.named_parameters()}.",
         )
 
+    lock = contextlib.nullcontext() if is_tracing() else _lock_of(inner)
+
     def fn(
         params: Mapping[str, torch.Tensor],
         buffers: Mapping[str, torch.Tensor],
@@ -70,8 +76,18 @@ def functional(
         **kwargs: Any,
     ) -> Any:
         copies = {name: buffer.clone() for name, buffer in buffers.items()}
-        return torch.func.functional_call(inner, {**params, **copies}, args, kwargs)
+        # While it runs, the parameters hang in the module, where other threads look.
+        with contextlib.nullcontext() if is_tracing() else lock:
+            return torch.func.functional_call(inner, {**params, **copies}, args, kwargs)
 
     params = {name: value.detach() for name, value in inner.named_parameters()}
     buffers = {name: value.detach() for name, value in inner.named_buffers()}
     return fn, params, buffers
+
+
+_locks: weakref.WeakKeyDictionary[nn.Module, Any] = weakref.WeakKeyDictionary()
+
+
+def _lock_of(module: nn.Module) -> Any:
+    """Return the lock of a module, the same for all functions of it."""
+    return _locks.setdefault(module, threading.RLock())

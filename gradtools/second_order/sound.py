@@ -87,7 +87,7 @@ def in_forward_mode() -> Generator[None]:
     """
     is_on = torch.is_grad_enabled()  # leaving inference mode would switch it on
     with (
-        _one_at_a_time,
+        contextlib.nullcontext() if is_tracing() else _one_at_a_time,
         _with_stand_ins(StandInsOfForwardMode()),
         torch.set_grad_enabled(is_on),
     ):

@@ -126,7 +126,7 @@ def jacrev(
     @_named("jacobian", f)
     def reverse(*args: Any, **kwargs: Any) -> Any:
         jacobian = torch.func.jacrev(
-            functools.partial(f, **kwargs),
+            _given(f, kwargs),
             argnums,
             has_aux=has_aux,
             chunk_size=chunk_size,
@@ -170,7 +170,7 @@ def jacfwd(
         if is_under_way(_tensors((args, kwargs))):
             return by_reverse(*args, **kwargs)
         by_forward = torch.func.jacfwd(
-            functools.partial(f, **kwargs),
+            _given(f, kwargs),
             argnums,
             has_aux=has_aux,
             randomness=randomness,
@@ -215,14 +215,17 @@ def hessian(
 
     @_named("hessian", f)
     def reverse_over_reverse(*args: Any, **kwargs: Any) -> Any:
-        rows = torch.func.jacrev(
-            functools.partial(f, **kwargs), argnums, has_aux=has_aux
-        )
+        rows = torch.func.jacrev(_given(f, kwargs), argnums, has_aux=has_aux)
         matrix = torch.func.jacrev(rows, argnums, has_aux=has_aux)
         with within_transforms():
             return matrix(*args)
 
     return reverse_over_reverse
+
+
+def _given(f: Function[...], kwargs: dict[str, Any]) -> Function[...]:
+    """Return a function with its keywords; Dynamo cannot wrap a partial one."""
+    return functools.partial(f, **kwargs) if kwargs else f
 
 
 def _named(what: str, f: Function[...]) -> Callable[[Function[P]], Function[P]]:

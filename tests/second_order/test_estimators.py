@@ -237,3 +237,14 @@ def test_no_numbers_at_all():
     assert gt.hessian_diag(torch.sum, x).value.shape == (0,)
     for method in ("exact", "hutchinson", "hutch++", "xtrace"):
         assert gt.hessian_trace(torch.sum, x, method=method).value == 0
+
+
+def test_an_error_of_arpack_says_in_which_dtype(monkeypatch):
+    linalg = pytest.importorskip("scipy.sparse.linalg")
+
+    def fail(*args, **kwargs):
+        raise linalg.ArpackError(-9999)
+
+    monkeypatch.setattr(linalg, "eigsh", fail)
+    with pytest.raises(gt.TransformError, match="Lanczos failed in float64: ARPACK"):
+        gt.hessian_eigs(quadratic(matrix(1.0)), torch.zeros(N))

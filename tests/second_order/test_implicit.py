@@ -320,3 +320,55 @@ def test_a_map_to_another_shape_has_no_fixed_point(unchecked):
 
     with pytest.raises(gt.DefinitionError, match="the values of T do not fit"):
         gt.grad(lambda a: solver(torch.zeros(3), a).sum())(torch.ones(3))
+
+
+@gt.custom_root(lambda x, a: x**2 - a)
+def root_of(init, a):
+    return a.sqrt()
+
+
+def cosine(y, a):
+    return torch.cos(root_of(torch.ones_like(a), a) * y / 2)
+
+
+@gt.custom_fixed_point(cosine)
+def fixed(init, a):
+    for _ in range(60):
+        init = cosine(init, a)
+    return init
+
+
+def unrolled(a):
+    y = torch.full_like(a, 0.5)
+    for _ in range(60):
+        y = torch.cos(a.sqrt() * y / 2)
+    return y
+
+
+@pytest.mark.parametrize(
+    "second",
+    {
+        "hvp": lambda f, a: gt.hvp(f, (a,), (torch.ones_like(a),))[0],
+        "vmap of hvp": lambda f, a: gt.vmap(
+            lambda a: gt.hvp(f, (a,), (torch.ones_like(a),))[0]
+        )(a[None])[0],
+        "jvp of grad": lambda f, a: gt.jvp(gt.grad(f), (a,), (torch.ones_like(a),))[1],
+        "jvp of jvp": lambda f, a: gt.jvp(
+            lambda a: gt.jvp(f, (a,), (torch.ones_like(a),))[1],
+            (a,),
+            (torch.ones_like(a),),
+        )[1],
+    }.items(),
+    ids=lambda item: item[0],
+)
+def test_a_solution_within_an_equation_to_second_order(second, unchecked):
+    a = torch.tensor(1.3)
+    f = lambda a: fixed(torch.full_like(a, 0.5), a)
+    once = torch.func.grad(torch.func.grad(unrolled))(a)
+    assert_close(second[1](f, a), once)
+    quotient = lambda a: a / ((1 + a * a) * (1 + a / (1 + a * a)))
+    inner = lambda a: gt.linear_solve((1 + a * a).reshape(1, 1), a.reshape(1))[0]
+    g = lambda a: gt.linear_solve(
+        lambda v: (1 + a * a) * (1 + inner(a)) * v, a.reshape(1)
+    )[0]
+    assert_close(second[1](g, a), torch.func.grad(torch.func.grad(quotient))(a))

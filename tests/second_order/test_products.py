@@ -382,3 +382,40 @@ def test_without_gradients_forward_mode_runs_once_and_keeps_no_graph():
         _, moved = gt.jvp(model, (x,), (v,))
     assert_close(moved, v @ layer.weight.detach().T)
     assert calls == [False]
+
+
+@gt.custom_vjp
+def square(x):
+    return x**2
+
+
+square.defvjp(  # no derivative at all: that shows who has been asked
+    lambda x: (x**2, (x, x**2)), lambda kept, g: (g * kept[0] * kept[1],)
+)
+
+
+def pulled(f):
+    """Return the gradient by a pullback, which is called when its vjp is over."""
+
+    def gradient(x):
+        value, pull = torch.func.vjp(f, x)
+        return pull(torch.ones_like(value))[0]
+
+    return gradient
+
+
+@pytest.mark.parametrize("outer", [pulled, torch.func.grad, gt.grad])
+@pytest.mark.parametrize("inner", [pulled, torch.func.grad, gt.grad])
+def test_a_rule_is_pulled_back_after_its_transform_in_vmap(inner, outer, unchecked):
+    x = torch.randn(4, 3)
+    f = lambda x: square(x).sum()
+    found = torch.func.vmap(outer(lambda x: inner(f)(x).sum()))(x)
+    assert_close(found, 3 * x**2)
+
+
+def test_forward_over_reverse_in_a_compiled_function():
+    product = lambda x, v: gt.hvp(
+        lambda x: (x**4).sum(), (x,), (v,), mode="forward-over-reverse"
+    )
+    compiled = torch.compile(product, fullgraph=True, backend="aot_eager")
+    assert_close(compiled(X, X), (12 * X**3,))

@@ -1,6 +1,8 @@
 """grad, value_and_grad, Jacobians, the Hessian, functional, check_second_order."""
 
 import inspect
+import sys
+import threading
 
 import pytest
 import torch
@@ -219,3 +221,35 @@ def test_the_check_names_what_is_to_blame():
     with pytest.raises(gt.GradientMismatchError, match="To blame: Detached") as error:
         gt.check_second_order(lambda x: (Detached.apply(x) * x).sum(), X)
     assert error.value.violations[0].where == "hvp"
+
+
+def test_threads_call_one_module_with_parameters_of_their_own():
+    layer = nn.Sequential(nn.Linear(3, 50), nn.Tanh(), nn.Linear(50, 3))
+    fn, params, buffers = gt.functional(layer)
+    x, wrong = torch.randn(4, 3), []
+
+    def work(number):
+        mine = {name: number * value for name, value in params.items()}
+        hidden = torch.tanh(x @ mine["0.weight"].T + mine["0.bias"])
+        right = hidden @ mine["2.weight"].T + mine["2.bias"]
+        found = [fn(mine, buffers, x) for _ in range(200)]
+        wrong.extend(out for out in found if not torch.allclose(out, right))
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(8)]
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(before)
+    assert not wrong
+
+
+@pytest.mark.parametrize("name", ["hessian", "jacrev", "jacfwd"])
+def test_matrices_in_a_compiled_function(name):
+    matrix = getattr(gt, name)(lambda x: f(x, W))
+    compiled = torch.compile(matrix, fullgraph=True, backend="aot_eager")
+    assert_close(compiled(X), matrix(X))
