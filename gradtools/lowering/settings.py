@@ -42,6 +42,7 @@ _CONTAINERS = (
     list, tuple, dict, set, frozenset, collections.deque, collections.UserDict,
     collections.UserList,
 )  # fmt: skip
+_ROLES = ("fun", "fwd", "bwd", "jvp", "vmap_rule")
 _MISSING = object()
 
 
@@ -111,7 +112,7 @@ class _Search:
             is_number = isinstance(value, (bool, int, float))
             self.found[path] = value if is_number else None
         elif isinstance(value, torch.Tensor):
-            if self.in_aot and path[-1][0] in ("cell", "global"):
+            if self.in_aot and _is_named_by_code(path):
                 raise self.lost(label, f"a tensor of shape {tuple(value.shape)}")
         elif isinstance(value, type) and issubclass(value, torch.autograd.Function):
             self.refuse_numbers_of(value)
@@ -130,10 +131,11 @@ class _Search:
     def parts(self, value: Any, is_called: bool) -> Iterator[tuple[Any, ...]]:
         """Yield the parts of a value: a label, what holds it, the steps to it."""
         if isinstance(value, Rule):
-            for role in ("fun", "fwd", "bwd", "jvp", "vmap_rule"):
+            for role in _ROLES[value.is_opaque :]:  # a kernel reads when it runs
                 yield role, value, ("attribute", role)
         elif hasattr(type(value), "run_entries"):  # another rule
-            yield "", value, ("attribute", "rule")
+            if hasattr(value, "rule"):
+                yield "", value, ("attribute", "rule")
         elif isinstance(value, types.FunctionType):
             if not is_foreign(value):
                 self.used |= names_in(value)
@@ -190,6 +192,14 @@ class _Search:
             fix="Pass it as an argument (gradtools.closure_convert finds all tensors), "
             "or convert it outside of the rule: tensor.item(), float(number).",
         )
+
+
+def _is_named_by_code(path: Path) -> bool:
+    """Whether functions alone lead to a value: attributes may be met by accident."""
+    return path[-1][0] in ("cell", "global") and all(
+        kind != "attribute" or key in (*_ROLES, "rule", "func", "__func__")
+        for kind, key in path
+    )
 
 
 def _has_attributes(value: Any) -> bool:
