@@ -230,7 +230,9 @@ _NAMES: dict[str, Any] = {
 
 def is_settled(plan: Plan) -> bool:
     """Whether nothing is left to check or to watch for at a signature."""
-    return not plan.is_unchecked and plan.state.watched >= {"fwd", "bwd"}
+    state = plan.state
+    is_known = state.watched >= {"fwd", "bwd"} and state.draws is not None
+    return is_known and not plan.is_unchecked
 
 
 def pattern_of(

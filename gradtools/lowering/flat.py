@@ -165,12 +165,14 @@ class Plan:
         entries = self.signature.entries(leaves)
         first = "fwd" not in state.watched
         rng = None
-        if (state.draws or first) and not is_traced(leaves):
+        if state.draws is not False and not is_traced(leaves):
             rng = random_state(leaves)
         if first:
-            out, residuals = self._first_forward(entries, leaves, rng)
+            out, residuals = self._first_forward(entries, leaves)
         else:
             out, residuals = self.call_fwd(entries)
+        if state.draws is None and rng is not None:
+            state.draws = not same(rng, random_state(leaves))
         outs, new, layout = self.laid_out(out, residuals, leaves)
         layout.rng = rng if state.draws else None
         return outs, new, layout
@@ -350,14 +352,12 @@ class Plan:
         return [(device, states.get(device)) for device in devices]
 
     def _first_forward(
-        self, entries: Sequence[Any], leaves: Sequence[Any], before: Any
+        self, entries: Sequence[Any], leaves: Sequence[Any]
     ) -> tuple[Any, Any]:
         """Run fwd for the first time, and learn what does not change between calls."""
         role = "fun" if self.rule.fwd is None or self.primal else "fwd"
         with captures.Watch(self.rule, role, leaves) as watch:
             out, residuals = self.call_fwd(entries)
-        if before is not None:
-            self.state.draws = not same(before, random_state(leaves))
         outs = Structure.split(out)[0]
         kept, structure = Structure.split(residuals)
         hidden = _inside(opaque_objects(structure, leaves))
@@ -365,8 +365,7 @@ class Plan:
         watch.refuse((*kept, *hidden), "residuals: ")
         unknown = (i for i, out in enumerate(outs) if not watch.is_known(out))
         self.state.foreign = frozenset(unknown)
-        if before is not None:  # else in a trace, where nothing is drawn: ask again
-            self.state.watched.add("fwd")
+        self.state.watched.add("fwd")
         return out, residuals
 
     def _first(

@@ -133,6 +133,8 @@ def _used_by_code(function: types.FunctionType) -> Iterator[tuple[Any, ...]]:
         if is_assigned(cell):
             yield f"closure variable {name!r}{of}", cell, ("cell", index)
     for name in _globals_in(code) & function.__globals__.keys():
+        if not name.isidentifier():  # @pytest_ar: put there by a rewriting of asserts
+            continue
         yield f"global {name!r}", function.__globals__, ("global", name)
     defaults = function.__defaults__ or ()
     for index in range(len(defaults)):

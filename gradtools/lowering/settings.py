@@ -43,6 +43,7 @@ _CONTAINERS = (
     list, tuple, dict, set, frozenset, collections.deque, collections.UserDict,
     collections.UserList, types.MappingProxyType,
 )  # fmt: skip
+_ROLES = ("fun", "fwd", "bwd", "jvp", "vmap_rule")
 _MISSING = object()
 
 
@@ -126,7 +127,13 @@ class _Search:
         self.alive: list[Any] = []  # so that no number in seen is given anew
 
     def visit(
-        self, value: Any, path: Path, label: str = "", *, is_called: bool = True
+        self,
+        value: Any,
+        path: Path,
+        label: str = "",
+        *,
+        is_called: bool = True,
+        is_named: bool = True,
     ) -> None:
         """Search a value.
 
@@ -135,6 +142,7 @@ class _Search:
             path: What leads to it.
             label: The same in words.
             is_called: The rule may call it.
+            is_named: Functions alone lead to it.
         """
         if isinstance(value, (np.ndarray, np.generic)):
             raise self.lost(label, f"a numpy {type(value).__name__}")
@@ -144,7 +152,7 @@ class _Search:
         elif isinstance(value, numbers.Number):
             raise self.lost(label, f"a {type(value).__name__}")
         elif isinstance(value, torch.Tensor):
-            if self.in_aot and path[-1][0] in ("call", "global"):
+            if is_named and self.in_aot and path[-1][0] in ("call", "global"):
                 raise self.lost(label, f"a tensor of shape {tuple(value.shape)}")
         elif isinstance(value, type) and issubclass(value, torch.autograd.Function):
             self.refuse_numbers_of(value)
@@ -162,15 +170,17 @@ class _Search:
                 if way[0][0] == "cell":
                     step = self.cells.step_to(value.__closure__[way[0][1]])
                     further = ("item", 1), step, ("call", None)
-                self.visit(follow(value, way), further, more)
+                of_code = is_named and _is_of_code(way)
+                self.visit(follow(value, way), further, more, is_named=of_code)
 
     def parts(self, value: Any, is_called: bool) -> Iterator[tuple[Any, ...]]:
         """Yield the parts of a value: a label, what holds it, the steps to it."""
         if isinstance(value, Rule):
-            for role in ("fun", "fwd", "bwd", "jvp", "vmap_rule"):
+            for role in _ROLES[value.is_opaque :]:  # a kernel reads when it runs
                 yield role, value, ("attribute", role)
         elif hasattr(type(value), "run_entries"):  # another rule
-            yield "", value, ("attribute", "rule")
+            if hasattr(value, "rule"):
+                yield "", value, ("attribute", "rule")
         elif isinstance(value, types.FunctionType):
             if not is_foreign(value):
                 self.used |= names_in(value)
@@ -228,6 +238,14 @@ class _Search:
             fix="Pass it as an argument (gradtools.closure_convert finds all tensors), "
             "or convert it outside of the rule: tensor.item(), float(number).",
         )
+
+
+def _is_of_code(way: Path) -> bool:
+    """Whether steps lead from function to function: attributes may be met by accident."""
+    return all(
+        kind != "attribute" or key in (*_ROLES, "rule", "func", "__func__")
+        for kind, key in way
+    )
 
 
 def _has_attributes(value: Any) -> bool:

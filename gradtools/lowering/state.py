@@ -22,7 +22,7 @@ class State:
 
     Attributes:
         watched: Roles whose captured tensors have been looked for.
-        draws: Whether fwd draws random numbers.
+        draws: Whether fwd draws random numbers; None: it has run in traces only.
         foreign: Outputs that fwd did not make (a constant that it handed through).
         second_order: Why bwd and fwd cannot be differentiated; None if they can.
         jvp_second_order: Why the jvp rule cannot be differentiated; None if it can.
@@ -40,7 +40,7 @@ class State:
     """
 
     watched: set[str] = dataclasses.field(default_factory=set)
-    draws: bool = False
+    draws: bool | None = None
     foreign: frozenset[int] = frozenset()
     second_order: GradtoolsError | None = None
     jvp_second_order: TransformError | None = None

@@ -489,3 +489,26 @@ def test_what_dynamo_cannot_look_into_is_left_alone(value):
     )
     with gt.gradcheck_policy("off"):
         torch.testing.assert_close(step(torch.ones(2)), 10 * torch.ones(2))
+
+
+@gt.external(out=torch.empty_like, contract=gt.Surrogate())
+def kernel(x):
+    return x * TENSOR * float(NUMBER)
+
+
+kernel.def_bwd(lambda residuals, g: 10 * g)
+
+
+def test_a_kernel_reads_what_it_wants_when_it_runs():
+    step = torch.compile(
+        torch.func.grad_and_value(lambda x: kernel(x).sum()),
+        fullgraph=True,
+        backend="aot_eager",
+    )
+    x = torch.ones(3)
+    with gt.gradcheck_policy("off"):
+        for value in (2.0, 3.0):
+            TENSOR.fill_(value)
+            found = step(x)
+            torch.testing.assert_close(found, (10 * x, torch.tensor(6 * value)))
+    TENSOR.fill_(2.0)
