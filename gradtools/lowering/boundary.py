@@ -201,7 +201,7 @@ def _needs_gradient(leaves: Sequence[Any]) -> bool:
 @at_trace_time
 def _before_trace(key: str, transformed: bool) -> None:
     """Let the check run on what Dynamo knows of the arguments."""
-    known = _known()
+    known = _known(call)
     try:
         entries = known.stand_in("entries")
     except Unknown:
@@ -217,7 +217,7 @@ def _written() -> str:
         The attribute; "fun" where no gradient is wanted; nothing where the rule must
         cross, or no code can be written.
     """
-    known = _known()
+    known = _known(call)
     target = known.object("target")
     parameters = target.rule.parameters
     try:
@@ -249,12 +249,12 @@ def _written() -> str:
     return target.write_for_trace(entries, known.wants, binding, _otherwise(target))
 
 
-def _known() -> Known:
-    """Return what Dynamo knows of the call that it follows."""
+def _known(function: Callable[..., Any]) -> Known:
+    """Return what Dynamo knows in a function here that it follows."""
     from torch._dynamo.symbolic_convert import InstructionTranslator
 
     frame: Any = InstructionTranslator.current_tx().output.current_tx
-    while frame.f_code is not call.__code__:
+    while frame.f_code is not function.__code__:
         frame = frame.parent
     return Known(frame.symbolic_locals)
 
@@ -402,7 +402,7 @@ def _refuse_strict_export(key: str) -> None:
 @at_trace_time
 def _settings(key: str) -> Settings:
     """List what the rule's functions read past their arguments."""
-    target, objects = _registry[key], _known().objects("leaves")
+    target, objects = _registry[key], _known(_cross).objects("leaves")
     try:
         return settings_read(
             target.rule, target.cells, objects, in_aot=goes_through_aot()

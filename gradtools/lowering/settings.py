@@ -241,7 +241,7 @@ class _Search:
 
 
 def _is_of_code(way: Path) -> bool:
-    """Whether steps lead from function to function: attributes may be met by accident."""
+    """Whether functions alone lead there: attributes may be met by accident."""
     return all(
         kind != "attribute" or key in (*_ROLES, "rule", "func", "__func__")
         for kind, key in way
