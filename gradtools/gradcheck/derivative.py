@@ -89,6 +89,7 @@ def not_numbers(trial: Trial) -> dict[int, Evidence]:
         leaf = trial.probe.leaves[place]
         said = _not_finite(trial.values, place, leaf)
         both = said & _not_finite(trial.reference or (), place, leaf)
+        both &= torch.isfinite(leaf)  # of infinity, a mask, nothing else is expected
         if not bool(both.any()):
             continue
         index = both.nonzero()[0].tolist()
