@@ -243,7 +243,7 @@ def test_nan_in_both_derivatives_is_named_with_its_place(factor):
 
 
 def test_an_infinite_argument_is_no_news():
-    rule = stated(lambda x: torch.exp(x), lambda residuals, g: g * residuals[1])
+    rule = stated(lambda x: x.exp(), lambda residuals, g: g * residuals[1])
     rule(v(1.0, -torch.inf).requires_grad_())  # a warning would be an error here
     assert rule.reports[0].outcome == "passed"
 
