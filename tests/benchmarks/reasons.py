@@ -27,11 +27,6 @@ _ONE_LAYER = (
 _JOBS = ("hvp", "twenty products", "a block of 16", "ggnvp")
 # (section, work, rule, reference) of a row that misses its bar: the reason.
 REASONS: dict[tuple[str, str, str, str], str] = {
-    ("start", "import gradtools, after torch", "", ""): (
-        "85 modules instead of 41 since second order, kernels and lifted classes are "
-        "there, on a processor that takes 24 ms for the 41 and not 15 as in the runs "
-        "before; to load these rooms on use is left"
-    ),
     ("compiled", "compiled step, tiny (inductor)", MEAN, COMBINED): (
         "graphs and bytecode are the same; what differs is what Dynamo guards on "
         "before each call: the rule's object, the code that was written for it, fwd "
