@@ -42,10 +42,11 @@ def derivative(trial: Trial, probe: Probe) -> list[Evidence]:
     evidence, disputed = _by_elements(trial)
     settled = trial.reference is not None and not disputed
     lost = not_numbers(trial)
-    evidence += lost.values()
     places = [place for place in trial.probe.places if place not in lost]
-    if places:
-        evidence.append(by_differences(trial, probe, places, settled))
+    for some in filter(None, (places, list(lost))):
+        found = by_differences(trial, probe, some, settled)
+        is_told = found.outcome == "passed" or some is places
+        evidence += [found] if is_told else lost.values()
     return evidence
 
 

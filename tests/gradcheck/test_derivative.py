@@ -248,10 +248,20 @@ def test_an_infinite_argument_is_no_news():
     assert rule.reports[0].outcome == "passed"
 
 
-def test_infinity_in_both_derivatives_is_named():
+def test_infinity_is_named_where_autograd_has_no_number_either():
+    def bwd(residuals, g):
+        (x,), root = residuals
+        return torch.where(x > 0, g / (2 * root), torch.inf)
+
+    rule = stated(lambda x: root_where_positive(x, 1.0), bwd)
+    with pytest.warns(UserWarning, match=r"both give infinity at args\.x\[1\]"):
+        rule(v(2.0, -1.0).requires_grad_())
+
+
+def test_infinity_that_is_right_passes():
     rule = stated(lambda x: x * torch.inf, lambda residuals, g: g * torch.inf)
-    with pytest.warns(UserWarning, match=r"both give infinity at args\.x\[0\]"):
-        rule(v(1.0, 2.0).requires_grad_())
+    rule(v(1.0, 2.0).requires_grad_())
+    assert rule.reports[0].outcome == "passed"
 
 
 def test_jvp_rules_are_checked_too():
