@@ -34,11 +34,12 @@ __all__ = [
     "edited_outputs_lose_gradients", "fake_tensors", "forget_unknown_sizes",
     "forward_ad_active", "forward_ad_enabled", "function_modes", "graph_is_kept",
     "has_tangent", "hint",
-    "innermost_level", "innermost_transform", "is_at_open_level",
+    "innermost_level", "innermost_transform", "is_aot_autograd", "is_at_open_level",
     "is_being_differentiated", "is_differentiated", "is_fake", "is_foreign_subclass",
     "is_intercepted", "is_view", "is_view_of", "is_wrapped", "keep",
-    "only_reverse_and_vmap", "order", "plain", "primal_of", "put_back",
-    "requires_grad_at_any_level", "run_backward", "tangent_of", "transforms_active",
+    "only_reverse_and_vmap", "order", "passing_error", "plain", "primal_of",
+    "put_back", "requires_grad_at_any_level", "run_backward", "running_trace",
+    "tangent_of", "transforms_active",
     "unwrap_if_dead", "unwrapped_to", "version_of", "vmap_flat",
     "without_modes",
 ]  # fmt: skip
@@ -523,6 +524,30 @@ def forget_unknown_sizes() -> None:
     mode = _guards.detect_fake_mode()
     if mode is not None and mode.shape_env is not None:
         mode.shape_env.pending_fresh_unbacked_symbols.clear()
+
+
+# What Dynamo is asked while it traces: its modules take seconds to import before.
+
+
+def running_trace() -> Any:
+    """Return what torch.compile knows of the trace that runs."""
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+
+    return InstructionTranslator.current_tx()
+
+
+def is_aot_autograd(backend: Any) -> bool:
+    """Whether a backend of torch.compile is AOT autograd with a compiler behind it."""
+    from torch._dynamo.backends.common import AotAutograd
+
+    return isinstance(backend, AotAutograd)
+
+
+def passing_error() -> type[Exception]:
+    """Return the kind of error that Dynamo lets through as it is."""
+    from torch._dynamo.exc import ShortenTraceback
+
+    return ShortenTraceback
 
 
 def asks_for_values(error: Exception) -> bool:

@@ -251,9 +251,7 @@ def _written() -> str:
 
 def _known(function: Callable[..., Any]) -> Known:
     """Return what Dynamo knows in a function here that it follows."""
-    from torch._dynamo.symbolic_convert import InstructionTranslator
-
-    frame: Any = InstructionTranslator.current_tx().output.current_tx
+    frame: Any = torch_compat.running_trace().output.current_tx
     while frame.f_code is not function.__code__:
         frame = frame.parent
     return Known(frame.symbolic_locals)

@@ -2,7 +2,7 @@
 
 A :data:`Path` leads from a function to one of its free variables, by steps that
 torch.compile can follow as well: ``("cell", 0)``, ``("global", "K")``,
-``("attribute", "__self__")``, ``("item", 1)``, ``("call", function)``.
+``("attribute", "__self__")``, ``("item", 1)``; ``("call", None)`` calls what is there.
 """
 
 from __future__ import annotations

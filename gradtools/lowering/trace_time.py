@@ -1,6 +1,6 @@
 """What Dynamo is asked while it traces: answers that are constants to the trace.
 
-Nothing here imports ``torch._dynamo`` before there is a trace.
+Nothing here imports Dynamo before there is a trace.
 """
 
 from __future__ import annotations
@@ -54,11 +54,7 @@ def must_cross() -> bool:
 @at_trace_time
 def level_is_outside() -> bool:
     """Whether AOT autograd would compile without the tangents that will come in."""
-    from torch._dynamo.symbolic_convert import InstructionTranslator
-
-    graphs = [
-        tracer.graph for tracer in InstructionTranslator.current_tx().output.tracers
-    ]
+    graphs = [tracer.graph for tracer in torch_compat.running_trace().output.tracers]
     opened = (
         "_enter_dual_level" in str(node.target) for g in graphs for node in g.nodes
     )
@@ -67,15 +63,12 @@ def level_is_outside() -> bool:
 
 def goes_through_aot() -> bool:
     """Whether the backend of the running trace hands its graph to AOT autograd."""
-    from torch._dynamo.backends.common import AotAutograd
-    from torch._dynamo.symbolic_convert import InstructionTranslator
-
-    backend: Any = InstructionTranslator.current_tx().output.compiler_fn
+    backend: Any = torch_compat.running_trace().output.compiler_fn
     while backend is not None:
         name = getattr(backend, "__name__", None) or type(backend).__name__
         if name.startswith("aot_") or "Inductor" in name or name in _AOT_BACKENDS:
             return True
-        if isinstance(backend, AotAutograd):
+        if torch_compat.is_aot_autograd(backend):
             return True
         backend = getattr(backend, "_torchdynamo_orig_backend", None) or getattr(
             backend, "compiler_fn", None
@@ -137,9 +130,7 @@ def next_attempt() -> str:
 
     Without fullgraph Dynamo leaves the call to Python, which will tell what is wrong.
     """
-    from torch._dynamo.symbolic_convert import InstructionTranslator
-
-    trace: Any = InstructionTranslator.current_tx().output.root_tx
+    trace = torch_compat.running_trace().output.root_tx
     attempts.name = f"attempt {next(_numbers)}" if trace.one_graph else ""
     attempts.error = None
     return attempts.name
@@ -151,10 +142,8 @@ def passing(error: Exception) -> Exception:
     It does that with some of its own; of all others it makes a report of an internal
     error.
     """
-    from torch._dynamo.exc import ShortenTraceback
-
     kind: Any = type(error)
-    both: Any = type(kind.__name__, (kind, ShortenTraceback), {})
+    both: Any = type(kind.__name__, (kind, torch_compat.passing_error()), {})
     wrapped = both.__new__(both, *error.args)
     wrapped.__dict__.update(error.__dict__, **_SHORT)
     return wrapped

@@ -82,7 +82,7 @@ def test_the_check_knows_nothing_of_functions():
         (r"^torch\.utils\._pytree", {"trees"}),
         (
             r"^torch\._dynamo|_dynamo\.eval_frame",
-            {"lowering.boundary", "lowering.trace_time"},
+            {"torch_compat", "lowering.boundary"},
         ),
         (r"^torch\.compiler", {"lowering.boundary", "lowering.trace_time"}),
         (
