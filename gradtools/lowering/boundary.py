@@ -334,9 +334,9 @@ def call_kernel(target: Opaque, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     return _crossed(target.key, *luggage.packed(entries, leaves), False)
 
 
-def _crossed(key: str, *luggage: Any) -> Any:
+def _crossed(key: str, *packed: Any) -> Any:
     """Cross, and say what went wrong: Dynamo would call all of it an odd output."""
-    out = _crossing(key, *luggage, "" + next_attempt())  # "" + : torch guards on none
+    out = _crossing(key, *packed, "" + next_attempt())  # "" + : torch guards on none
     _refuse_failed(key)
     return out
 

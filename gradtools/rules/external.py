@@ -86,10 +86,9 @@ def external(
 
     Verified on every call: that the output is what ``out`` says, shares no memory with
     an argument or an earlier output that is in use, and that torch knows of no edit in
-    place. Verified on the first call
-    with a kind of arguments (dtypes, numbers of dimensions), and on every one under
-    ``gradcheck_policy("always")``: that no argument has other values than before, and
-    that NaN does not come of finite numbers.
+    place. Verified on the first call with a kind of arguments (dtypes, numbers of
+    dimensions), and on every one under ``gradcheck_policy("always")``: that no argument
+    has other values than before, and that NaN does not come of finite numbers.
 
     Args:
         function: The kernel. Its arguments may be pytrees, numbers and any objects; at
